@@ -73,9 +73,15 @@ def features(encoder, input_ids, attention_mask, pooling="pooler", e=None, param
     return (output.last_hidden_state.float() * m).sum(1) / m.sum(1)             # (B, L, H) -> (B, H)
 
 
-def in_float32(module, x):
-    """module(x) in float32 also inside an autocast region: heads, projections and losses are not rounded."""
-    with torch.autocast(x.device.type, enabled=False):
+def float32(x):
+    """The region in which nothing on x's device is rounded to bfloat16, also where the encoder is (autocast):
+    the hull, the head, the projections and the losses."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def head_of(module, x):
+    """module(x) for a head or projection, in float32."""
+    with float32(x):
         return module(x.float())
 
 
@@ -128,7 +134,8 @@ def mix(e, E, free, w):
 
     e: (B, L, H); E: (P, K, H); free: (B, L) bool; w: (P, K). Returns (B, L, H).
     """
-    return e.index_put((free,), torch.einsum("pk,pkh->ph", w, E))
+    with float32(e):
+        return e.index_put((free,), torch.einsum("pk,pkh->ph", w, E))
 
 
 def entropy(w):
@@ -142,7 +149,7 @@ def noise(subs, max_len, generator=None):
     The standard deviation depends on the task's longest input (300 or 80), not on the batch's, so that padding
     less does not change the method. subs: (B, L, K), for its shape and device. Returns (B, L, K) float32.
     """
-    return torch.randn(subs.shape, generator=generator, device=subs.device) * math.sqrt(2 / (max_len * 10))
+    return torch.randn(subs.shape, generator=generator).to(subs.device) * math.sqrt(2 / (max_len * 10))
 
 
 def search_hull(objective, predict, e, E, free, subs_mask, v, steps=10, lr=1.0, weight_decay=2e-5, sparsity=15.0):
@@ -176,7 +183,7 @@ def adversary(encoder, head, input_ids, attention_mask, subs, subs_mask, v, y=No
     """
     with dropout_off(encoder, head):
         def predict(e):
-            return in_float32(head, features(encoder, input_ids, attention_mask, pooling, e))
+            return head_of(head, features(encoder, input_ids, attention_mask, pooling, e))
 
         with torch.no_grad():
             corners = hull(encoder, input_ids, subs, subs_mask)
@@ -217,7 +224,8 @@ def info_nce(s, t, tau=0.2):
     are the other s_i. s, t: (N, D) projected features, row j of both from one text. Returns a scalar, in nats:
     log N for a constant score.
     """
-    f = F.normalize(s, dim=-1) @ F.normalize(t, dim=-1).T / tau                  # f[i, j]: (N, N)
+    with float32(s):
+        f = F.normalize(s, dim=-1) @ F.normalize(t, dim=-1).T / tau              # f[i, j]: (N, N)
     return -F.log_softmax(f, dim=0).diagonal().mean()
 
 
@@ -229,7 +237,7 @@ def L_info(S, T, y, g, h, tau=0.2):
     each. A class that the batch lacks adds nothing. The marginal form, a bound on I(S;T), is the same with one
     pair of projections and all y equal to 0. Returns a scalar, in nats.
     """
-    return torch.stack([info_nce(in_float32(g[c], S[y == c]), in_float32(h[c], T[y == c]), tau)
+    return torch.stack([info_nce(head_of(g[c], S[y == c]), head_of(h[c], T[y == c]), tau)
                         for c in range(len(g)) if (y == c).any()]).mean()
 
 
@@ -316,12 +324,12 @@ class RIFT(nn.Module):
             mixed = mixout(self.encoder, self.teacher, mixout_p) if mixout_p and self.training else None
             return features(self.encoder, input_ids, attention_mask, self.pooling, e, mixed)
 
-        clean = in_float32(self.head, F_s())                                     # (B, C)
+        clean = head_of(self.head, F_s())                                     # (B, C)
         terms = {"ce": F.cross_entropy(clean, y)}
         if w is not None:
             e, E, free = hull(self.encoder, input_ids, subs, subs_mask)          # again: dropout on, with gradients
             S = F_s(mix(e, E, free, w[free]))                                    # (B, H)
-            terms["kl"] = kl_divergence(clean, in_float32(self.head, S))
+            terms["kl"] = kl_divergence(clean, head_of(self.head, S))
             if T is not None:
                 classes = torch.zeros_like(y) if self.marginal else y
                 terms["info"] = L_info(gather(S), gather(T), gather(classes), self.g, self.h, tau)

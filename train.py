@@ -1,0 +1,412 @@
+"""Fine-tune BERT or RoBERTa with RIFT, or with a method that the paper compares it with.
+
+    python train.py                                   the embedded toy task: train, attack, compare
+    python train.py --task imdb                       the paper's setting
+
+A step: a class-balanced batch -> the adversary's mixture w (rift.adversary) -> the terms of the loss (RIFT.forward)
+-> AdamW. All that is random in a step follows from (seed, step): a run that was killed goes on from its last
+checkpoint to the same weights, bit for bit, as one that never stopped.
+"""
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+import data
+import eval
+import rift
+from data import InputError
+from eval import autocast, number, positive, write_json
+
+# Section 6: the terms that each method adds to the cross-entropy. What is not listed is not computed.
+METHODS = {
+    "standard": (),
+    "adv": ("kl",),
+    "adv-ptwd": ("kl", "ptwd"),
+    "adv-mixout": ("kl", "mixout"),
+    "rift-marginal": ("kl", "info"),
+    "rift": ("kl", "info"),
+}
+
+# Section 1: the paper's numbers where tasks differ. A folder of own data starts from imdb's.
+PAPER = {
+    "imdb": dict(method=["rift"], model="bert-base-uncased", pooling="pooler", max_len=300, batch_size=32, epochs=20,
+                 lr=2e-5, beta=10.0, alpha=0.1, adv_steps=10, schedule=[0.1, 0.55, 1.0]),
+    "snli": dict(method=["rift"], model="bert-base-uncased", pooling="pooler", max_len=80, batch_size=120, epochs=20,
+                 lr=2e-5, beta=5.0, alpha=0.7, adv_steps=10, schedule=[0.1, 0.55, 1.0]),
+}
+TOY = dict(PAPER["imdb"], method=["standard", "adv", "rift"], model="toy", **getattr(data, "TOY_SETTINGS", {}))
+
+
+# ------------------------------------------------------------------------------------------------
+# The state of a run
+
+
+class Training:
+    """A fine-tuning run: all that changes while it trains, and how that is saved and loaded."""
+
+    def __init__(self, model, s):
+        self.model = model
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        own = [p for name, p in self.parameters.items() if not name.startswith("encoder.")]
+        self.adamw = torch.optim.AdamW([{"params": list(model.encoder.parameters()), "weight_decay": 0.0},
+                                        {"params": own, "weight_decay": s["weight_decay"]}], lr=s["lr"], eps=s["adam_eps"])
+        self.progress = {"epoch": 0, "batch": 0, "step": 0,                 # where the next step stands
+                         "sums": {}, "seconds": 0.0,                        # of this epoch so far
+                         "best": {"epoch": None, "dev_hull": -1.0}, "log": []}
+
+    def save(self, path):
+        """Writes the whole state to one file."""
+        moments = {f"adamw.{i}.{name}": value for i, state in self.adamw.state_dict()["state"].items()
+                   for name, value in state.items()}
+        eval.save_tensors(path, {f"model.{name}": p for name, p in self.parameters.items()} | moments, self.progress)
+
+    def load(self, path):
+        """Takes the state of save() up again. Raises InputError for a damaged file, or one of another model."""
+        tensors, self.progress = eval.load_tensors(path)
+        eval.take_tensors(self.parameters, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, path)
+        state = {}
+        for key, value in tensors.items():
+            if key.startswith("adamw."):
+                _, i, name = key.split(".")
+                state.setdefault(int(i), {})[name] = value
+        self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})
+
+
+class Stop(BaseException):
+    """Ctrl-C or a polite kill, noticed between two steps."""
+
+
+@contextmanager
+def stoppable():
+    """Inside, SIGINT and SIGTERM wait for the end of the step: yields a function that raises Stop if one came."""
+    came = []
+    handlers = {n: signal.signal(n, lambda *_: came.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def check():
+        if came:
+            raise Stop
+
+    try:
+        yield check
+    finally:
+        for n, handler in handlers.items():
+            signal.signal(n, handler)
+
+
+# ------------------------------------------------------------------------------------------------
+# One step, one epoch, one run
+
+
+def slices(y, size):
+    """The rows of a batch in class-balanced slices of about `size` texts, for gradient accumulation.
+
+    y: (B,) int64, every class equally often. Returns a list of index tensors. L_info compares the texts of a
+    slice: its N is the slice's, not the batch's.
+    """
+    rows = torch.stack([(y == c).nonzero().squeeze(1) for c in y.unique()])             # (C, N)
+    return [part.flatten() for part in rows.split(max(size // len(rows), 2), dim=1)]
+
+
+def train_step(training, batch, y, T, s):
+    """One step of Algorithm 1.
+
+    batch: the tensors of Vocabulary.encode, on the model's device; y: (B,) int64; T: (B, H) teacher features, None
+    for methods without L_info. Returns {"loss": .., and each term: ..} as floats. Raises InputError when one is
+    not finite, before any weight is changed.
+    """
+    model, adds = training.model, METHODS[s["method"]]
+    weight = {"ce": 1.0, "kl": s["beta"], "info": s["alpha"], "ptwd": s["ptwd"]}
+    totals = Counter()
+    training.adamw.zero_grad()
+    for rows in slices(y, s["micro_batch_size"] or len(y)):
+        part = {name: tensor[rows] for name, tensor in batch.items()}
+        w = None
+        if "kl" in adds:
+            with autocast(y.device, s["precision"]):
+                w = rift.adversary(model.encoder, model.head, **part, v=rift.noise(part["subs"], s["max_len"]),
+                                   pooling=s["pooling"], steps=s["adv_steps"], lr=s["adv_lr"],
+                                   weight_decay=s["adv_weight_decay"], sparsity=s["sparsity"])
+        with autocast(y.device, s["precision"]):
+            terms = model(**part, y=y[rows], w=w, T=None if T is None else T[rows], tau=s["tau"],
+                          ptwd="ptwd" in adds, mixout_p=s["mixout"] if "mixout" in adds else 0.0)
+        terms["loss"] = sum(weight[name] * value for name, value in terms.items())
+        share = len(rows) / len(y)
+        (terms["loss"] * share).backward()
+        for name, value in terms.items():
+            totals[name] += value.item() * share
+    if not all(map(math.isfinite, totals.values())):
+        raise InputError(f"the loss is not finite at step {training.progress['step']} "
+                         f"({', '.join(f'{name} {value:g}' for name, value in totals.items())}, learning rate "
+                         f"{training.adamw.param_groups[0]['lr']:g}): the last checkpoint is kept; try a smaller --lr")
+    training.adamw.step()
+    return dict(totals)
+
+
+def measure(training, victim, dev, T_dev, s):
+    """What is logged of the model after an epoch: accuracy on dev, clean and on the hull, and how much it forgot."""
+    texts = [victim.vocabulary.visible(x.words) for x in dev]
+    S = victim.features(texts)
+    hull, _ = eval.hull_attack(victim, dev, **adversary_settings(s))
+    return {"dev_clean": eval.accuracy(victim.probabilities(S).argmax(-1), dev), "dev_hull": eval.accuracy(hull, dev),
+            "params_l2": rift.pretrained_distance(training.model.encoder, training.model.teacher).item(),
+            "cka": rift.linear_cka(S, T_dev)}
+
+
+def adversary_settings(s):
+    """The settings of the search in the hull, as eval.hull_attack takes them."""
+    return dict(steps=s["adv_steps"], lr=s["adv_lr"], weight_decay=s["adv_weight_decay"], sparsity=s["sparsity"])
+
+
+def fit(training, task, vocabulary, s, folder):
+    """Trains until the last epoch, from where `training` stands, and keeps the best epoch's weights.
+
+    After each epoch, every --save-minutes, and when stopped, the state goes to folder/checkpoint.safetensors;
+    the best epoch by robust accuracy on dev (hull) to folder/best.safetensors. Raises Stop when stopped.
+    """
+    model, at, device = training.model, training.progress, training.model.encoder.device
+    victim = eval.Victim(model, vocabulary, s["eval_batch_size"], s["precision"])
+    texts = [vocabulary.visible(x.words) for x in task.train]
+    lengths = [sum(map(len, words)) for words in texts]
+    y = torch.tensor([x.y for x in task.train], device=device)
+    # The teacher is frozen and sees clean text only: one pass over the data serves every epoch.
+    T = victim.features(texts, model.teacher) if "info" in METHODS[s["method"]] else None           # (N, H)
+    T_dev = victim.features([vocabulary.visible(x.words) for x in task.dev], model.teacher)
+
+    with stoppable() as check:
+        try:
+            saved = time.monotonic()
+            while at["epoch"] < s["epochs"]:
+                lr = s["lr"] * s["schedule"][min(at["epoch"], len(s["schedule"]) - 1)]
+                for group in training.adamw.param_groups:
+                    group["lr"] = lr
+                batches = data.balanced_batches(y.cpu().numpy(), lengths, s["batch_size"],
+                                                np.random.default_rng([s["seed"], at["epoch"]]))
+                bar = tqdm(batches[at["batch"]:], f"{s['method']} epoch {at['epoch'] + 1}/{s['epochs']}", len(batches),
+                           initial=at["batch"], leave=False)
+                model.train()
+                for rows in bar:
+                    check()
+                    start = time.monotonic()
+                    seed = np.random.SeedSequence([s["seed"], at["step"]]).generate_state(1)[0]
+                    torch.manual_seed(int(seed))                                # dropout and the adversary's noise
+                    batch = vocabulary.encode([texts[i] for i in rows], hull="kl" in METHODS[s["method"]])
+                    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+                    index = torch.as_tensor(rows, device=device)
+                    totals = train_step(training, batch, y[index], None if T is None else T[index], s)
+                    at["sums"] = {name: at["sums"].get(name, 0.0) + value for name, value in totals.items()}
+                    at["batch"], at["step"], at["seconds"] = at["batch"] + 1, at["step"] + 1, at["seconds"] + time.monotonic() - start
+                    bar.set_postfix({name: f"{value:.3f}" for name, value in totals.items()})
+                    if at["step"] == 3:
+                        announce(at["seconds"] / 3 * len(batches) * s["epochs"], device)
+                    if time.monotonic() - saved > 60 * s["save_minutes"]:
+                        training.save(folder / "checkpoint.safetensors")
+                        saved = time.monotonic()
+                line = {"epoch": at["epoch"], **{name: value / at["batch"] for name, value in at["sums"].items()},
+                        **measure(training, victim, task.dev, T_dev, s), "lr": lr, "seconds": round(at["seconds"], 3)}
+                if line["dev_hull"] > at["best"]["dev_hull"]:
+                    at["best"] = {"epoch": at["epoch"], "dev_hull": line["dev_hull"]}
+                    eval.save_tensors(folder / "best.safetensors", training.parameters)
+                at |= {"epoch": at["epoch"] + 1, "batch": 0, "sums": {}, "seconds": 0.0, "log": at["log"] + [line]}
+                training.save(folder / "checkpoint.safetensors")
+                saved = time.monotonic()
+                data.write_atomically(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in at["log"]))
+                tqdm.write(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), sys.stderr)
+        except Stop:
+            training.save(folder / "checkpoint.safetensors")
+            raise
+
+
+def announce(seconds, device):
+    """Says what a long run on a CPU will cost, and what makes it small. seconds: estimated from the first steps."""
+    if device.type == "cpu" and seconds > 3600:
+        tqdm.write(f"At this pace the run takes about {seconds / 3600:.1f} h on this CPU. Smaller: --train-size, --max-len, "
+                   "--epochs, --adv-steps, --precision bf16, a smaller --model.", sys.stderr)
+
+
+def finish(training, task, vocabulary, s, folder):
+    """The best epoch's weights, measured once on test, become the run's model. Returns the metrics."""
+    eval.take_tensors(training.parameters, eval.load_tensors(folder / "best.safetensors")[0], folder / "best.safetensors")
+    model = training.model.eval()
+    victim = eval.Victim(model, vocabulary, s["eval_batch_size"], s["precision"])
+    clean = victim([data.to_text(x.words) for x in task.test]).argmax(-1)
+    hull, _ = eval.hull_attack(victim, task.test, **adversary_settings(s), progress=True)
+    eval.save_tensors(folder / "model.safetensors",
+                      {name: p for name, p in training.parameters.items() if not name.startswith("encoder.")})
+    new = folder / "encoder.tmp"
+    shutil.rmtree(new, ignore_errors=True)
+    model.encoder.save_pretrained(new)
+    vocabulary.tokenizer.save_pretrained(new)
+    shutil.rmtree(folder / "encoder", ignore_errors=True)
+    new.rename(folder / "encoder")
+    metrics = {"method": s["method"], "task": task.name, "seed": s["seed"], "best_epoch": training.progress["best"]["epoch"],
+               "clean": eval.accuracy(clean, task.test), "hull": eval.accuracy(hull, task.test)}
+    write_json(folder / "metrics.json", metrics)
+    for name in ("best.safetensors", "checkpoint.safetensors"):
+        (folder / name).unlink()
+    return metrics
+
+
+FILES = ("config.json", "neighbors.json", "log.jsonl", "metrics.json", "eval.json", "attacks.jsonl", "eval-dev.json",
+         "attacks-dev.jsonl", "model.safetensors", "checkpoint.safetensors", "best.safetensors")
+
+
+def open_folder(folder, config, resume, overwrite):
+    """Makes sure that a run may write into its folder. Returns whether there is nothing left to do.
+
+    Raises InputError for a folder that holds a run, unless it is to be overwritten, or resumed with the same settings.
+    """
+    if (folder / "config.json").exists() and not overwrite:
+        if not resume:
+            raise InputError(f"{folder}: holds a run already; --resume goes on with it, --overwrite replaces it, or another --out")
+        before = eval.read_json(folder / "config.json", "train.py writes it")
+        for part in ("settings", "fingerprints"):
+            for key, value in config[part].items():
+                if before.get(part, {}).get(key) != value and key not in ("data_dir", "device", "save_minutes", "eval_batch_size"):
+                    raise InputError(f"{folder}: --resume with {key} {value}, but the run has {before.get(part, {}).get(key)}")
+        return (folder / "metrics.json").exists()
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "encoder", ignore_errors=True)
+    write_json(folder / "config.json", config)
+    return False
+
+
+def run(task, table, s, folder, resume=False, overwrite=False):
+    """One method, one seed: trains in `folder` and returns nothing; the results are its files."""
+    device = eval.pick_device(s["device"])
+    torch.manual_seed(s["seed"])                                # poolers, heads and projections that start at random
+    if s["model"] == "toy":
+        s = s | {"model": str(data.toy_encoder())}
+    encoder, tokenizer = eval.load_encoder(s["model"])
+    if s["max_len"] > eval.longest_input(encoder):
+        raise InputError(f"--max-len {s['max_len']}: {s['model']} has positions for {eval.longest_input(encoder)} tokens at most")
+    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in encoder.parameters()))
+    config = {"settings": s, "labels": task.labels,
+              "fingerprints": {"data": task.fingerprint, "neighbors": data.table_fingerprint(table), "encoder": digest.hexdigest()},
+              "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}}
+    if open_folder(folder, config, resume, overwrite):
+        print(f"{folder}: finished already", file=sys.stderr)
+        return
+    if isinstance(table, dict):
+        data.write_atomically(folder / "neighbors.json", json.dumps(table))
+    model = rift.RIFT(encoder, len(task.labels), s["pooling"], s["method"] == "rift-marginal").to(device)
+    vocabulary = data.Vocabulary(tokenizer, s["max_len"], table, s["unknown_words"], s["candidates"])
+    training = Training(model, s)
+    if (folder / "checkpoint.safetensors").exists():
+        training.load(folder / "checkpoint.safetensors")
+    fit(training, task, vocabulary, s, folder)
+    metrics = finish(training, task, vocabulary, s, folder)
+    print(f"{folder}: test clean {metrics['clean']:.3f}, hull {metrics['hull']:.3f} "
+          f"(N = {len(task.test)}, best epoch {metrics['best_epoch'] + 1} on dev)")
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
+
+
+def parse(argv):
+    """The command line of train.py: (arguments, settings of a run but for method and seed)."""
+    p = eval.Parser(prog="train.py", description="Fine-tune BERT or RoBERTa with RIFT. Without arguments: the toy task.")
+    run_options = {"method", "seeds", "out", "resume", "overwrite"}
+
+    def flag(name, help, **kinds):
+        key = name[2:].replace("-", "_")
+        papers = {task: values[key] for task, values in (*PAPER.items(), ("toy", TOY)) if key in values}
+        shown = "; ".join(f"{task} {' '.join(map(str, v)) if isinstance(v, list) else v}" for task, v in papers.items())
+        default = kinds.get("default")
+        p.add_argument(name, help=help + (f" (default: {shown})" if shown else f" (default: {default})"
+                                          if default is not None else ""), **kinds)
+
+    flag("--task", "toy, imdb, snli, or a folder with train.tsv, test.tsv and perhaps dev.tsv", default="toy", metavar="TASK")
+    flag("--method", f"one or more of {', '.join(METHODS)}; they train one after another", nargs="+", choices=METHODS, metavar="NAME")
+    flag("--seeds", "of heads, batches, dropout and the adversary's noise", nargs="+", type=number(int, 0), default=[0], metavar="S")
+    flag("--model", "a BERT or RoBERTa encoder: a name on the hub or a folder", metavar="NAME_OR_DIR")
+    flag("--pooling", "S and T: the encoder's pooler, or the mean over tokens", choices=("pooler", "mean"))
+    flag("--unknown-words", "a word outside the vocabulary becomes its first piece, or [UNK] (the authors' rule)",
+         choices=("piece", "unk"), default="piece")
+    flag("--device", "such as cpu or cuda:0; else a GPU if there is one")
+    flag("--precision", "of the encoder; losses are always fp32. auto: bf16 on GPUs that have it", choices=("auto", "fp32", "bf16"), default="auto")
+    flag("--data-dir", "where archives, tables and NLTK data are looked for before the cache", metavar="DIR")
+    flag("--neighbors", "substitution table: vectors (.txt, .zip), a table (.json) or wordnet; else the counter-fitted vectors", metavar="FILE")
+    flag("--train-size", "class-balanced subset, texts (paper: all)", type=positive, metavar="N")
+    flag("--dev-size", "texts (imdb: 1,000 of train)", type=positive, metavar="N")
+    flag("--test-size", "texts (paper: all)", type=positive, metavar="N")
+    flag("--split-seed", "of the subsets: the same for every method and seed", type=number(int, 0), default=0, metavar="S")
+    flag("--max-len", "longest input in tokens, special tokens included", type=number(int, 4), metavar="L")
+    flag("--epochs", "passes over the smallest class", type=positive, metavar="N")
+    flag("--batch-size", "texts a step", type=positive, metavar="B")
+    flag("--micro-batch-size", "texts a forward pass, gradients add up to the batch; L_info compares within these (default: the batch)",
+         type=positive, metavar="B")
+    flag("--eval-batch-size", "texts a forward pass in evaluation", type=positive, default=64, metavar="B")
+    flag("--lr", "AdamW's learning rate after the warm-up", type=number(float, 0, low_open=True))
+    flag("--schedule", "factors of lr in the first epochs, the last one stays", type=number(float, 0), nargs="+", metavar="F")
+    flag("--weight-decay", "AdamW's, on head and projections; the encoder has none", type=number(float, 0), default=2e-4)
+    flag("--adam-eps", "AdamW's epsilon", type=number(float, 0, low_open=True), default=1e-6)
+    flag("--alpha", "weight of L_info", type=number(float, 0))
+    flag("--beta", "weight of the KL term", type=number(float, 0))
+    flag("--tau", "temperature of L_info's score", type=number(float, 0, low_open=True), default=0.2)
+    flag("--adv-steps", "steps of the adversary", type=number(int, 0), metavar="N")
+    flag("--adv-lr", "learning rate of the adversary's Adam", type=number(float, 0), default=1.0)
+    flag("--adv-weight-decay", "of the adversary's Adam", type=number(float, 0), default=2e-5)
+    flag("--sparsity", "weight of the entropy that the adversary avoids", type=number(float, 0), default=15.0)
+    flag("--candidates", "words of a position in the hull at most, the word itself included", type=positive, default=10, metavar="K")
+    flag("--ptwd", "lambda, weight of ||theta_s - theta_t||_2 in adv-ptwd", type=number(float, 0), default=0.01)
+    flag("--mixout", "p of adv-mixout", type=number(float, 0, 0.999), default=0.7)
+    flag("--out", "each run has its folder OUT/METHOD, or OUT/METHOD-SEED with several seeds (default: runs/TASK)", type=Path, metavar="DIR")
+    flag("--resume", "go on with runs that were stopped; finished ones are left alone", action="store_true")
+    flag("--overwrite", "replace runs that are there", action="store_true")
+    flag("--save-minutes", "between checkpoints within an epoch", type=number(float, 0), default=10.0)
+    args = p.parse_args(argv)
+    if args.task not in ("toy", *PAPER) and not Path(args.task).is_dir():
+        raise InputError(f"--task {args.task}: has to be toy, imdb, snli, or a folder with train.tsv and test.tsv")
+    if args.task == "toy" and args.model not in (None, "toy"):
+        raise InputError(f"--model {args.model}: the toy task has its own, pre-trained on its own words")
+    for key, value in (TOY if args.task == "toy" else PAPER.get(args.task, PAPER["imdb"])).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    args.method, args.seeds = list(dict.fromkeys(args.method)), list(dict.fromkeys(args.seeds))
+    args.overwrite |= args.task == "toy" and args.out is None and not args.resume
+    if args.resume and args.overwrite:
+        raise InputError("--resume and --overwrite: only one of them")
+    args.out = args.out or Path("runs") / Path(args.task).name
+    settings = {key: value for key, value in vars(args).items() if key not in run_options}
+    settings["precision"] = eval.pick_precision(args.precision, eval.pick_device(args.device))
+    return args, settings
+
+
+@eval.run_main
+def main(argv=None):
+    """train.py's command line. Exits with 130 when stopped by Ctrl-C; --resume goes on."""
+    args, settings = parse(argv)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    task = eval.open_task(settings)
+    table = eval.open_table(settings, task)
+    folders = []
+    for method in args.method:
+        for seed in args.seeds:
+            folders.append(args.out / (method if len(args.seeds) == 1 else f"{method}-{seed}"))
+            try:
+                run(task, table, settings | {"method": method, "seed": seed}, folders[-1], args.resume, args.overwrite)
+            except (Stop, KeyboardInterrupt):
+                print(f"\n{folders[-1]}: stopped; the same command with --resume goes on", file=sys.stderr)
+                raise SystemExit(130) from None
+    if task.name == "toy":
+        eval.main([*map(str, folders), "--attacks", "pwws", "genetic", "--population", "20", "--generations", "10"])
+
+
+if __name__ == "__main__":
+    main()
