@@ -192,18 +192,13 @@ def load_run(folder, device=None, precision=None, batch_size=64):
 
     Raises InputError for a folder that holds no finished run, or one whose files do not fit together.
     """
-    folder = Path(folder)
-    config = read_json(folder / "config.json", "train.py writes it")
-    try:
-        s, labels = config["settings"], config["labels"]
-        s["pooling"], s["max_len"], s["unknown_words"], s["candidates"], s["method"], s["neighbors"]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'config.json'}: lacks {error}; it has to be as train.py wrote it") from None
+    folder, s = Path(folder), settings_of(folder)
     if not (folder / "model.safetensors").exists():
         raise InputError(f"{folder}: the run is not finished (no model.safetensors): go on with train.py --resume")
     neighbors = data.load_neighbors("wordnet" if s["neighbors"] == "wordnet" else folder / "neighbors.json")
     encoder, tokenizer = load_encoder(folder / "encoder")
-    model = rift.RIFT(encoder, len(labels), s["pooling"], s["method"] == "rift-marginal").to(pick_device(device)).eval()
+    config = read_json(folder / "config.json")
+    model = rift.RIFT(encoder, len(config["labels"]), s["pooling"], s["method"] == "rift-marginal").to(pick_device(device)).eval()
     own = {name: p for name, p in model.named_parameters() if not name.startswith(("encoder.", "teacher."))}
     take_tensors(own, load_tensors(folder / "model.safetensors")[0], folder / "model.safetensors")
     vocabulary = data.Vocabulary(tokenizer, s["max_len"], neighbors, s["unknown_words"], s["candidates"])
@@ -211,17 +206,32 @@ def load_run(folder, device=None, precision=None, batch_size=64):
                   pick_precision(precision or s["precision"], model.encoder.device), config)
 
 
-def read_json(path, origin):
-    """The JSON object in a file; InputError where it is missing or is none."""
+def read_json(path):
+    """The JSON object in a file that train.py or eval.py has written; InputError where it is missing or is none."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror} ({origin})") from None
+        raise InputError(f"{path}: {error.strerror}: not the folder of a finished run, as train.py makes it") from None
     except ValueError as error:
         raise InputError(f"{path}: is not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, it has to be a JSON object ({origin})")
+        raise InputError(f"{path}: holds a {type(content).__name__}, it has to be a JSON object")
     return content
+
+
+def settings_of(folder):
+    """A run's settings, from its config.json; InputError where they are not all there."""
+    config = read_json(Path(folder) / "config.json")
+    try:
+        s = config["settings"]
+        for key in ("task", "method", "seed", "max_len", "pooling", "neighbors", "unknown_words", "candidates", "precision",
+                    "data_dir", "train_size", "dev_size", "test_size", "split_seed", "alpha", "beta"):
+            s[key]
+        if not isinstance(config["labels"], list) or not isinstance(config["fingerprints"], dict):
+            raise KeyError("labels or fingerprints")
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{Path(folder) / 'config.json'}: lacks {error}: it has to be as train.py wrote it") from None
+    return s
 
 
 def save_tensors(path, tensors, rest=None):
@@ -352,16 +362,14 @@ def run_attack(name, victim, chosen, examples, args, allowed=None):
     yield from attacks.attack(victim, texts, method, synonyms, seed=args.seed, batch_size=args.batch_size, name=name)
 
 
-def language_model_constraint(args, task, device):
+def language_model_constraint(args, task):
     """(known, allowed): which examples of the split the score file has (None: all may be attacked), and the filter
     of the genetic attack's synonyms, (index, words, synonyms) -> synonyms (None: no constraint)."""
-    if args.lm_constraint is None:
-        args.lm_constraint = "scores" if task.name in ("imdb", "snli") else "none"
     if args.lm_constraint == "none" or "genetic" not in args.attacks:
         return None, None
     if args.lm_constraint != "scores":
         try:
-            language_model = attacks.CausalLM(args.lm_constraint, device)
+            language_model = attacks.CausalLM(args.lm_constraint, pick_device(args.device))
         except (OSError, ValueError) as error:
             raise InputError(f"--lm-constraint {args.lm_constraint}: {str(error).splitlines()[0]}") from None
         return None, lambda index, words, synonyms: attacks.lm_constraint(words, synonyms, language_model)
@@ -383,7 +391,7 @@ def evaluate(folder, victim, task, chosen, allowed, args):
     """
     suffix = "" if args.split == "test" else f"-{args.split}"
     eval_path, lines_path = folder / f"eval{suffix}.json", folder / f"attacks{suffix}.jsonl"
-    before = read_json(eval_path, "eval.py writes it") if eval_path.exists() and not args.overwrite else {}
+    before = read_json(eval_path) if eval_path.exists() and not args.overwrite else {}
     settings = dict(before.get("settings", {}))
     lines = read_lines(lines_path) if before else []
     for name in args.attacks:
@@ -416,7 +424,7 @@ def evaluate(folder, victim, task, chosen, allowed, args):
             results[name] = float(robust.mean())
     write(results | {"num_examples": len(chosen), "settings": settings})
     if args.split == "test":
-        metrics = read_json(folder / "metrics.json", "train.py writes it")
+        metrics = read_json(folder / "metrics.json")
         write_json(folder / "metrics.json", metrics | {name: results[name] for name in args.attacks if name != "hull"})
     return found
 
@@ -497,8 +505,8 @@ def report(names, found, args, labels):
 
 def finished(folder):
     """What a finished run says of itself: {"settings", "log": [an object an epoch], "metrics"}."""
-    return {"settings": read_json(folder / "config.json", "train.py writes it")["settings"],
-            "log": read_lines(folder / "log.jsonl"), "metrics": read_json(folder / "metrics.json", "train.py writes it")}
+    return {"settings": settings_of(folder),
+            "log": read_lines(folder / "log.jsonl"), "metrics": read_json(folder / "metrics.json")}
 
 
 def mean_interval(values):
@@ -626,28 +634,28 @@ def main(argv=None):
         return plot(args.runs, args.plot, args.plot_attack)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    tasks, compared = {}, {}                             # by data set: the task and its choice; the results
+    groups = {}                                          # the runs of one data set are compared with each other
     for folder in args.runs:
-        victim = load_run(folder, args.device, args.precision, args.batch_size)
-        s = victim.config["settings"]
-        key = (s["task"], s["train_size"], s["dev_size"], s["test_size"], s["split_seed"])
-        if key not in tasks:
-            task = open_task(s, args.data_dir)
-            known, allowed = language_model_constraint(args, task, victim.device)
-            tasks[key] = task, choose(task, args.split, args.num_examples, args.seed, known), allowed
-        task, chosen, allowed = tasks[key]
-        if task.fingerprint != victim.config["fingerprints"]["data"]:
-            raise InputError(f"{folder}: was trained on other data than --data-dir now holds: its fingerprint differs")
-        if args.neighbors:
-            victim.vocabulary = data.Vocabulary(victim.vocabulary.tokenizer, s["max_len"],
-                                                open_table(s | {"neighbors": args.neighbors}, task, args.data_dir),
-                                                s["unknown_words"], s["candidates"])
-        results = evaluate(folder, victim, task, chosen, allowed, args)
-        compared.setdefault(key, ([], [], task.labels))
-        compared[key][0].append(str(folder))
-        compared[key][1].append(results)
-    for names, found, labels in compared.values():
-        report(names, found, args, labels)
+        s = settings_of(folder)
+        groups.setdefault((s["task"], s["train_size"], s["dev_size"], s["test_size"], s["split_seed"]), []).append(folder)
+    asked = args.lm_constraint
+    for folders in groups.values():
+        task = open_task(settings_of(folders[0]), args.data_dir)
+        args.lm_constraint = asked or ("scores" if task.name in ("imdb", "snli") else "none")
+        known, allowed = language_model_constraint(args, task)
+        chosen = choose(task, args.split, args.num_examples, args.seed, known)
+        found = []
+        for folder in folders:
+            victim = load_run(folder, args.device, args.precision, args.batch_size)
+            s = victim.config["settings"]
+            if task.fingerprint != victim.config["fingerprints"]["data"]:
+                raise InputError(f"{folder}: was trained on other data than is found now: the fingerprints differ")
+            if args.neighbors:
+                table = open_table(s | {"neighbors": args.neighbors}, task, args.data_dir)
+                victim.vocabulary = data.Vocabulary(victim.vocabulary.tokenizer, s["max_len"], table, s["unknown_words"],
+                                                    s["candidates"])
+            found.append(evaluate(folder, victim, task, chosen, allowed, args))
+        report([str(folder) for folder in folders], found, args, task.labels)
 
 
 if __name__ == "__main__":

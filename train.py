@@ -271,7 +271,7 @@ def open_folder(folder, config, resume, overwrite):
     if (folder / "config.json").exists() and not overwrite:
         if not resume:
             raise InputError(f"{folder}: holds a run already; --resume goes on with it, --overwrite replaces it, or another --out")
-        before = eval.read_json(folder / "config.json", "train.py writes it")
+        before = eval.read_json(folder / "config.json")
         for part in ("settings", "fingerprints"):
             for key, value in config[part].items():
                 if before.get(part, {}).get(key) != value and key not in ("data_dir", "device", "save_minutes", "eval_batch_size"):
@@ -293,6 +293,8 @@ def run(task, table, s, folder, resume=False, overwrite=False):
     encoder, tokenizer = eval.load_encoder(s["model"])
     if s["max_len"] > eval.longest_input(encoder):
         raise InputError(f"--max-len {s['max_len']}: {s['model']} has positions for {eval.longest_input(encoder)} tokens at most")
+    y = [x.y for x in task.train]
+    data.balanced_batches(y, y, s["batch_size"], np.random.default_rng(0))      # refuses what cannot be balanced
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in encoder.parameters()))
     config = {"settings": s, "labels": task.labels,
               "fingerprints": {"data": task.fingerprint, "neighbors": data.table_fingerprint(table), "encoder": digest.hexdigest()},
