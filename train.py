@@ -2,6 +2,7 @@
 
     python train.py                                   the embedded toy task: train, attack, compare
     python train.py --task imdb                       the paper's setting
+    torchrun --nproc-per-node 8 train.py --task imdb  the same on eight GPUs
 
 A step: a class-balanced batch -> the adversary's mixture w (rift.adversary) -> the terms of the loss (RIFT.forward)
 -> AdamW. All that is random in a step follows from (seed, step): a run that was killed goes on from its last
@@ -11,6 +12,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -21,7 +23,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -51,14 +55,80 @@ TOY = dict(PAPER["imdb"], method=["standard", "adv", "rift"], model="toy", **get
 
 
 # ------------------------------------------------------------------------------------------------
+# One process or many
+
+
+class Processes:
+    """The processes that torchrun started, or this one alone: what a run has to do differently stands here only.
+
+    Every process draws the same batches and trains on its share of each; L_info compares the texts of all.
+    """
+
+    def __init__(self):
+        if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+    def device(self, name):
+        """The device of this process: the one named, else its own GPU, else the CPU."""
+        if self.world > 1 and not name and torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        return eval.pick_device(name)
+
+    def share(self, rows, y):
+        """This process's part of a balanced batch: of each class every world-th text, the same number everywhere.
+
+        rows: (B,) ints, y: their classes. Where the processes do not divide a class, the rest is left out.
+        """
+        parts = [rows[y == c] for c in np.unique(y)]                                    # C arrays of N rows
+        return np.concatenate([part[:len(part) // self.world * self.world][self.rank::self.world] for part in parts])
+
+    def wrap(self, model):
+        """The model as it is called in training: gradients are averaged over the processes."""
+        if self.world == 1:
+            return model
+        device = model.encoder.device
+        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                       find_unused_parameters=True)
+
+    def gather(self, x):
+        """(b, ..) of this process -> (B, ..) of all, with gradients for this process's part.
+
+        Every process computes L_info on the whole batch, but only its own part reaches its encoder, and averaging
+        then divides by the number of processes: the gradient of that part is multiplied by it (the value is not).
+        """
+        if self.world == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.world)]
+        dist.all_gather(parts, x.detach().contiguous())
+        parts[self.rank] = x + (self.world - 1) * (x - x.detach()) if x.requires_grad else x
+        return torch.cat(parts)
+
+    def mean(self, values):
+        """{name: float} averaged over the processes."""
+        if self.world == 1:
+            return values
+        x = torch.tensor(list(values.values()), dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(x)
+        return dict(zip(values, (x / self.world).tolist()))
+
+    def wait(self):
+        """Returns when all processes have come here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+# ------------------------------------------------------------------------------------------------
 # The state of a run
 
 
 class Training:
     """A fine-tuning run: all that changes while it trains, and how that is saved and loaded."""
 
-    def __init__(self, model, s):
-        self.model = model
+    def __init__(self, model, s, processes):
+        self.model, self.processes = model, processes
+        self.parallel = processes.wrap(model)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         own = [p for name, p in self.parameters.items() if not name.startswith("encoder.")]
         self.adamw = torch.optim.AdamW([{"params": list(model.encoder.parameters()), "weight_decay": 0.0},
@@ -68,7 +138,9 @@ class Training:
                          "best": {"epoch": None, "dev_hull": -1.0}, "log": []}
 
     def save(self, path):
-        """Writes the whole state to one file."""
+        """Writes the whole state to one file (the first process does)."""
+        if self.processes.rank:
+            return
         moments = {f"adamw.{i}.{name}": value for i, state in self.adamw.state_dict()["state"].items()
                    for name, value in state.items()}
         eval.save_tensors(path, {f"model.{name}": p for name, p in self.parameters.items()} | moments, self.progress)
@@ -90,13 +162,14 @@ class Stop(BaseException):
 
 
 @contextmanager
-def stoppable():
-    """Inside, SIGINT and SIGTERM wait for the end of the step: yields a function that raises Stop if one came."""
+def stoppable(processes):
+    """Inside, SIGINT and SIGTERM wait for the end of the step: yields a function that raises Stop, in all processes
+    at the same step, if one came."""
     came = []
     handlers = {n: signal.signal(n, lambda *_: came.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def check():
-        if came:
+        if processes.mean({"came": len(came)})["came"] > 0:
             raise Stop
 
     try:
@@ -140,19 +213,21 @@ def train_step(training, batch, y, T, s):
                                    pooling=s["pooling"], steps=s["adv_steps"], lr=s["adv_lr"],
                                    weight_decay=s["adv_weight_decay"], sparsity=s["sparsity"])
         with autocast(y.device, s["precision"]):
-            terms = model(**part, y=y[rows], w=w, T=None if T is None else T[rows], tau=s["tau"],
-                          ptwd="ptwd" in adds, mixout_p=s["mixout"] if "mixout" in adds else 0.0)
+            terms = training.parallel(
+                **part, y=y[rows], w=w, T=None if T is None else T[rows], tau=s["tau"], ptwd="ptwd" in adds,
+                mixout_p=s["mixout"] if "mixout" in adds else 0.0, gather=training.processes.gather)
         terms["loss"] = sum(weight[name] * value for name, value in terms.items())
         share = len(rows) / len(y)
         (terms["loss"] * share).backward()
         for name, value in terms.items():
             totals[name] += value.item() * share
+    totals = training.processes.mean(dict(totals))
     if not all(map(math.isfinite, totals.values())):
         raise InputError(f"the loss is not finite at step {training.progress['step']} "
                          f"({', '.join(f'{name} {value:g}' for name, value in totals.items())}, learning rate "
                          f"{training.adamw.param_groups[0]['lr']:g}): the last checkpoint is kept; try a smaller --lr")
     training.adamw.step()
-    return dict(totals)
+    return totals
 
 
 def measure(training, victim, dev, T_dev, s):
@@ -176,31 +251,34 @@ def fit(training, task, vocabulary, s, folder):
     After each epoch, every --save-minutes, and when stopped, the state goes to folder/checkpoint.safetensors;
     the best epoch by robust accuracy on dev (hull) to folder/best.safetensors. Raises Stop when stopped.
     """
-    model, at, device = training.model, training.progress, training.model.encoder.device
+    model, at, device, processes = training.model, training.progress, training.model.encoder.device, training.processes
     victim = eval.Victim(model, vocabulary, s["eval_batch_size"], s["precision"])
     texts = [vocabulary.visible(x.words) for x in task.train]
     lengths = [sum(map(len, words)) for words in texts]
-    y = torch.tensor([x.y for x in task.train], device=device)
+    labels = np.array([x.y for x in task.train])
+    y = torch.tensor(labels, device=device)
     # The teacher is frozen and sees clean text only: one pass over the data serves every epoch.
     T = victim.features(texts, model.teacher) if "info" in METHODS[s["method"]] else None           # (N, H)
     T_dev = victim.features([vocabulary.visible(x.words) for x in task.dev], model.teacher)
 
-    with stoppable() as check:
+    with stoppable(processes) as check:
         try:
             saved = time.monotonic()
             while at["epoch"] < s["epochs"]:
                 lr = s["lr"] * s["schedule"][min(at["epoch"], len(s["schedule"]) - 1)]
                 for group in training.adamw.param_groups:
                     group["lr"] = lr
-                batches = data.balanced_batches(y.cpu().numpy(), lengths, s["batch_size"],
+                batches = data.balanced_batches(labels, lengths, s["batch_size"],
                                                 np.random.default_rng([s["seed"], at["epoch"]]))
-                bar = tqdm(batches[at["batch"]:], f"{s['method']} epoch {at['epoch'] + 1}/{s['epochs']}", len(batches),
-                           initial=at["batch"], leave=False)
+                batches = [rows for rows in batches if len(rows) >= len(task.labels) * processes.world]
+                bar = tqdm(batches[at["batch"]:], f"{s['method']} epoch {at['epoch'] + 1}/{s['epochs']}", total=len(batches),
+                           initial=at["batch"], leave=False, disable=processes.rank > 0)
                 model.train()
                 for rows in bar:
                     check()
                     start = time.monotonic()
-                    seed = np.random.SeedSequence([s["seed"], at["step"]]).generate_state(1)[0]
+                    rows = processes.share(rows, labels[rows])
+                    seed = np.random.SeedSequence([s["seed"], at["step"], processes.rank]).generate_state(1)[0]
                     torch.manual_seed(int(seed))                                # dropout and the adversary's noise
                     batch = vocabulary.encode([texts[i] for i in rows], hull="kl" in METHODS[s["method"]])
                     batch = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -209,7 +287,7 @@ def fit(training, task, vocabulary, s, folder):
                     at["sums"] = {name: at["sums"].get(name, 0.0) + value for name, value in totals.items()}
                     at["batch"], at["step"], at["seconds"] = at["batch"] + 1, at["step"] + 1, at["seconds"] + time.monotonic() - start
                     bar.set_postfix({name: f"{value:.3f}" for name, value in totals.items()})
-                    if at["step"] == 3:
+                    if at["step"] == 3 and processes.rank == 0:
                         announce(at["seconds"] / 3 * len(batches) * s["epochs"], device)
                     if time.monotonic() - saved > 60 * s["save_minutes"]:
                         training.save(folder / "checkpoint.safetensors")
@@ -218,12 +296,14 @@ def fit(training, task, vocabulary, s, folder):
                         **measure(training, victim, task.dev, T_dev, s), "lr": lr, "seconds": round(at["seconds"], 3)}
                 if line["dev_hull"] > at["best"]["dev_hull"]:
                     at["best"] = {"epoch": at["epoch"], "dev_hull": line["dev_hull"]}
-                    eval.save_tensors(folder / "best.safetensors", training.parameters)
+                    if processes.rank == 0:
+                        eval.save_tensors(folder / "best.safetensors", training.parameters)
                 at |= {"epoch": at["epoch"] + 1, "batch": 0, "sums": {}, "seconds": 0.0, "log": at["log"] + [line]}
                 training.save(folder / "checkpoint.safetensors")
                 saved = time.monotonic()
-                data.write_atomically(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in at["log"]))
-                tqdm.write(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), sys.stderr)
+                if processes.rank == 0:
+                    data.write_atomically(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in at["log"]))
+                    tqdm.write(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), sys.stderr)
         except Stop:
             training.save(folder / "checkpoint.safetensors")
             raise
@@ -284,9 +364,9 @@ def open_folder(folder, config, resume, overwrite):
     return False
 
 
-def run(task, table, s, folder, resume=False, overwrite=False):
+def run(task, table, s, folder, processes, resume=False, overwrite=False):
     """One method, one seed: trains in `folder` and returns nothing; the results are its files."""
-    device = eval.pick_device(s["device"])
+    device = processes.device(s["device"])
     torch.manual_seed(s["seed"])                                # poolers, heads and projections that start at random
     if s["model"] == "toy":
         s = s | {"model": str(data.toy_encoder())}
@@ -299,20 +379,25 @@ def run(task, table, s, folder, resume=False, overwrite=False):
     config = {"settings": s, "labels": task.labels,
               "fingerprints": {"data": task.fingerprint, "neighbors": data.table_fingerprint(table), "encoder": digest.hexdigest()},
               "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}}
-    if open_folder(folder, config, resume, overwrite):
+    if processes.rank == 0:
+        done = open_folder(folder, config, resume, overwrite)
+        if isinstance(table, dict) and not done:
+            data.write_atomically(folder / "neighbors.json", json.dumps(table))
+    processes.wait()
+    if (folder / "metrics.json").exists():
         print(f"{folder}: finished already", file=sys.stderr)
         return
-    if isinstance(table, dict):
-        data.write_atomically(folder / "neighbors.json", json.dumps(table))
     model = rift.RIFT(encoder, len(task.labels), s["pooling"], s["method"] == "rift-marginal").to(device)
     vocabulary = data.Vocabulary(tokenizer, s["max_len"], table, s["unknown_words"], s["candidates"])
-    training = Training(model, s)
+    training = Training(model, s, processes)
     if (folder / "checkpoint.safetensors").exists():
         training.load(folder / "checkpoint.safetensors")
     fit(training, task, vocabulary, s, folder)
-    metrics = finish(training, task, vocabulary, s, folder)
-    print(f"{folder}: test clean {metrics['clean']:.3f}, hull {metrics['hull']:.3f} "
-          f"(N = {len(task.test)}, best epoch {metrics['best_epoch'] + 1} on dev)")
+    if processes.rank == 0:
+        metrics = finish(training, task, vocabulary, s, folder)
+        print(f"{folder}: test clean {metrics['clean']:.3f}, hull {metrics['hull']:.3f} "
+              f"(N = {len(task.test)}, best epoch {metrics['best_epoch'] + 1} on dev)")
+    processes.wait()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -395,6 +480,7 @@ def main(argv=None):
     args, settings = parse(argv)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    processes = Processes()
     task = eval.open_task(settings)
     table = eval.open_table(settings, task)
     folders = []
@@ -402,11 +488,12 @@ def main(argv=None):
         for seed in args.seeds:
             folders.append(args.out / (method if len(args.seeds) == 1 else f"{method}-{seed}"))
             try:
-                run(task, table, settings | {"method": method, "seed": seed}, folders[-1], args.resume, args.overwrite)
+                run(task, table, settings | {"method": method, "seed": seed}, folders[-1], processes, args.resume,
+                    args.overwrite)
             except (Stop, KeyboardInterrupt):
                 print(f"\n{folders[-1]}: stopped; the same command with --resume goes on", file=sys.stderr)
                 raise SystemExit(130) from None
-    if task.name == "toy":
+    if task.name == "toy" and processes.rank == 0:
         eval.main([*map(str, folders), "--attacks", "pwws", "genetic", "--population", "20", "--generations", "10"])
 
 

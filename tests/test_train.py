@@ -110,7 +110,8 @@ def test_the_encoder_is_not_decayed_and_the_head_is(bert):
     """Section 1: weight decay 2e-4 on head and projections, biases included, none on the encoder; no teacher."""
     encoder, _ = eval.load_encoder(bert)
     model = rift.RIFT(encoder, 2)
-    groups = train.Training(model, {"weight_decay": 2e-4, "lr": 1e-3, "adam_eps": 1e-6}).adamw.param_groups
+    s = {"weight_decay": 2e-4, "lr": 1e-3, "adam_eps": 1e-6}
+    groups = train.Training(model, s, train.Processes()).adamw.param_groups
     own = [*model.head.parameters(), *model.g.parameters(), *model.h.parameters()]
     assert [g["weight_decay"] for g in groups] == [0.0, 2e-4] and all(g["eps"] == 1e-6 for g in groups)
     assert {id(p) for p in groups[0]["params"]} == {id(p) for p in encoder.parameters()}

@@ -1,0 +1,80 @@
+"""Two processes are one (train.Processes): with dropout off and the adversary's start given, the losses and the
+gradients of two gloo processes that share a batch are the single process's, for two classes and for three, for texts
+of one class and for the marginal bound, with and without weights that no loss reaches.
+"""
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+import eval
+import rift
+import train
+from tests.conftest import tiny_encoder
+from tests.test_rift import example, start
+
+SETTINGS = dict(weight_decay=2e-4, lr=1e-3, adam_eps=1e-6)
+
+
+def losses_and_gradients(processes, method, C):
+    """One batch of 4 texts a class through adversary, loss and backward, in this process's share."""
+    torch.manual_seed(0)
+    model = rift.RIFT(tiny_encoder("bert", initializer_range=0.2), C, marginal=method == "rift-marginal").eval()
+    training = train.Training(model, SETTINGS, processes)
+    y = np.repeat(np.arange(C), 4)
+    batch = example(model.encoder, B=4 * C)
+    v, T = start(batch), torch.randn(4 * C, 16, generator=torch.Generator().manual_seed(7))
+    rows = torch.as_tensor(processes.share(np.arange(4 * C), y))
+    part = {name: tensor[rows] for name, tensor in batch.items()}
+    adds = train.METHODS[method]
+    w = rift.adversary(model.encoder, model.head, **part, v=v[rows]) if "kl" in adds else None
+    terms = training.parallel(**part, y=torch.as_tensor(y)[rows], w=w, T=T[rows] if "info" in adds else None,
+                              ptwd="ptwd" in adds, gather=processes.gather)
+    sum(terms.values()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return processes.mean({name: value.item() for name, value in terms.items()}), gradients
+
+
+CASES = [("standard", 2), ("adv-ptwd", 2), ("rift", 2), ("rift", 3), ("rift-marginal", 3)]
+
+
+def one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for method, C in CASES:
+        terms, gradients = losses_and_gradients(train.Processes(), method, C)
+        eval.save_tensors(f"{folder}/{method}-{C}-{rank}", gradients, terms)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The folder in which two processes have left their losses and gradients for every case."""
+    folder = tmp_path_factory.mktemp("two")
+    torch.multiprocessing.spawn(one_of_two, (str(folder),), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("method, C", CASES)
+def test_two_processes_are_one(two_processes, method, C):
+    terms, gradients = losses_and_gradients(train.Processes(), method, C)
+    for rank in (0, 1):
+        gradients_2, terms_2 = eval.load_tensors(two_processes / f"{method}-{C}-{rank}")
+        assert terms_2 == pytest.approx(terms, rel=1e-4, abs=1e-6)
+        # DistributedDataParallel fills in zeros for weights that this loss does not reach
+        assert gradients.keys() <= gradients_2.keys()
+        for name, gradient in gradients.items():
+            assert torch.allclose(gradients_2[name], gradient, rtol=1e-4, atol=1e-4 * gradient.abs().max().item() + 1e-8), name
+
+
+def test_the_shares_make_up_the_batch():
+    """Every class equally often in each share, no text twice; what the processes do not divide is left out."""
+    y = np.repeat([0, 1, 2], 5)
+    processes = train.Processes()
+    shares = []
+    for processes.rank in (0, 1):
+        processes.world = 2
+        shares.append(processes.share(np.arange(15), y))
+        assert np.bincount(y[shares[-1]]).tolist() == [2, 2, 2]
+    assert len(set(np.concatenate(shares))) == 12
