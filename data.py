@@ -1,37 +1,28 @@
 """Data for RIFT (Dong et al., NeurIPS 2021): from public archives to tensors, in the order of this file.
 
-1. Files: find, download, unpack and write them.
-2. Tasks: IMDB, SNLI or a folder of TSV files become `Example`s. A text is a tuple of lower-case words from here
-   on; joined by single spaces it is a string, and nobody tokenizes it a second time.
-3. Substitution tables: word -> list of words, from counter-fitted vectors, a JSON table or WordNet.
-4. `Vocabulary`: one token per word, and the candidate tokens of every position (the adversary's hull).
-5. `balanced_batches`: every class equally often in a batch, because the loss compares examples of one class.
-
-Whatever is wrong with a file or a setting raises `InputError`, one line that says where and what would be right.
+A text is a tuple of lower-case words; joined by single spaces it is a string, and nobody tokenizes it a second time.
+A substitution table maps a word to a list of words. `Vocabulary` gives every word one token, and every position its
+candidate tokens (the adversary's hull). `balanced_batches` draws every class equally often, because the loss compares
+examples of one class.
 """
-
-import gzip
+import functools
 import hashlib
 import http.client
-import io
 import json
 import math
 import os
 import re
 import shutil
-import stat
 import sys
 import tarfile
 import time
-import urllib.error
 import urllib.request
 import uuid
-import warnings
 import zipfile
 import zlib
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from collections import namedtuple
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import nltk
 import numpy as np
@@ -43,30 +34,15 @@ class InputError(ValueError):
     """What the user gave cannot be used: one line with the file, the line, the value and what would be right."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 1. Files
-
-
-class Resource(NamedTuple):
-    file: str  # its name as published
-    unpacked: str  # the folder or file it unpacks to
-    url: str
-    md5: str | None  # demanded of downloads only
-    megabytes: int  # of the download, about
-
-
-RESOURCES = {
-    "imdb": Resource("aclImdb_v1.tar.gz", "aclImdb", "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
-                     "7c2ac02c03563afcf9b574c7e56c153a", 80),
-    "snli": Resource("snli_1.0.zip", "snli_1.0", "https://nlp.stanford.edu/projects/snli/snli_1.0.zip", None, 90),
-    "vectors": Resource("counter-fitted-vectors.txt.zip", "counter-fitted-vectors.txt",
-                        "https://github.com/nmrksic/counter-fitting/raw/master/word_vectors/"
-                        "counter-fitted-vectors.txt.zip", None, 70),
-    "neighbors": Resource("counterfitted_neighbors.json", "counterfitted_neighbors.json",
-                          "https://raw.githubusercontent.com/robinjia/certified-word-sub/master/data/"
-                          "counterfitted_neighbors.json", None, 2),
-    "scores": Resource("jia2019_cert_lm_scores.zip", "lm_scores",
-                       "https://nlp.stanford.edu/data/robinjia/jia2019_cert_lm_scores.zip", None, 500),
+# ------------------------------------------------------------------------------------------------------ 1. Files
+RESOURCES = {  # name: (file, what it unpacks to, address, md5 demanded of a download)
+    "imdb": ("aclImdb_v1.tar.gz", "aclImdb", "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
+             "7c2ac02c03563afcf9b574c7e56c153a"),
+    "snli": ("snli_1.0.zip", "snli_1.0", "https://nlp.stanford.edu/projects/snli/snli_1.0.zip", None),
+    "vectors": ("counter-fitted-vectors.txt.zip", "counter-fitted-vectors.txt", "https://github.com/nmrksic/"
+                "counter-fitting/raw/master/word_vectors/counter-fitted-vectors.txt.zip", None),
+    "scores": ("jia2019_cert_lm_scores.zip", "lm_scores",
+               "https://nlp.stanford.edu/data/robinjia/jia2019_cert_lm_scores.zip", None),
 }
 
 
@@ -75,274 +51,173 @@ def cache_dir():
     return Path(os.environ.get("RIFT_CACHE") or "~/.cache/rift").expanduser().absolute()
 
 
-def _folders(data_dir):
-    """Where to look, in order. Raises InputError when data_dir is no folder."""
-    if data_dir is None or Path(data_dir).expanduser().absolute() == cache_dir():
-        return [cache_dir()]
-    data_dir = Path(data_dir).expanduser()
-    if not data_dir.is_dir():
-        raise InputError(f"{data_dir}: no such folder (--data-dir wants one; without it {cache_dir()} is used)")
-    return [data_dir, cache_dir()]
-
-
-def _temporary(path):
-    """A name beside path, so that os.replace stays on one disk, and of this process only."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
-
-
-def _why(error):
-    """An exception as part of one line."""
-    text = " ".join(str(getattr(error, "strerror", None) or getattr(error, "reason", None) or error).split())
-    return text or type(error).__name__
+def find(data_dir, *names):
+    """The files and folders of these names that exist in data_dir, then in the cache. InputError if it is no folder."""
+    first = Path(data_dir or cache_dir()).expanduser().absolute()
+    if first != cache_dir() and not first.is_dir():
+        raise InputError(f"{first}: no such folder (--data-dir wants one; without it {cache_dir()} is used)")
+    return [folder / name for folder in (first, cache_dir()) for name in names if (folder / name).exists()]
 
 
 @contextmanager
-def _reading(path, hint="it is damaged, cut short or another kind of file: get it anew"):
-    """Turn the many exceptions of damaged archives and unreadable files into one InputError."""
+def reading(path):
+    """Turns what missing files, damaged archives and bytes that are not UTF-8 raise into an InputError."""
     try:
         yield
-    except (EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, gzip.BadGzipFile, NotImplementedError,
-            RuntimeError) as error:
-        raise InputError(f"{path}: cannot be read ({_why(error)}); {hint}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({_why(error)})") from None
-
-
-def _decode(data, where):
-    """bytes -> str. Raises InputError with the line and the byte that is not UTF-8."""
-    try:
-        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise InputError(f"{where}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x})") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {line}: not UTF-8 (byte 0x{error.object[error.start]:02x})") from None
+    except (OSError, EOFError, RuntimeError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def texts_in(path, wanted=""):
+    """Yields (name for messages, text) of the files in a folder, .tar.gz or .zip whose name matches the pattern
+    `wanted`; any other file stands for itself. Raises InputError for damage, at the latest after the last file."""
+    with reading(path):
+        if path.is_dir():
+            files = ((file.as_posix(), file.read_bytes) for file in path.rglob("*"))
+        elif path.suffix == ".zip":
+            archive = zipfile.ZipFile(path)
+            files = ((f"{path}: {name}", functools.partial(archive.read, name)) for name in archive.namelist())
+        elif path.suffix == ".gz":
+            archive = tarfile.open(path, "r:gz")
+            files = ((f"{path}: {file.name}", archive.extractfile(file).read) for file in archive if file.isfile())
+        else:
+            files = [(str(path), path.read_bytes)]
+        for where, read in files:
+            if re.search(wanted, where):
+                with reading(where):
+                    text = read().decode("utf-8-sig")
+                yield where, text
+        if path.suffix == ".gz":
+            archive.fileobj.read()  # only the very end shows that an archive was cut or altered
+
+
+@contextmanager
+def replacing(path):
+    """Yields a temporary path; the file or folder written there is renamed to `path` when all went well, else removed.
+    Raises InputError when it cannot be written."""
+    tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield tmp
+        if not (tmp.is_dir() and path.is_dir()):  # a folder is there if another process was quicker
+            os.replace(tmp, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        if tmp.exists():
+            (shutil.rmtree if tmp.is_dir() else os.unlink)(tmp)
 
 
 def write_atomically(path, content):
-    """Write str (UTF-8) or bytes under a temporary name in the same folder, then rename: all of it or nothing.
+    """Write str (UTF-8) or bytes, all of it or nothing: what was there before stays when that fails (InputError)."""
+    with replacing(Path(path)) as tmp:
+        tmp.write_bytes(content.encode() if isinstance(content, str) else content)
 
-    Raises InputError when that fails (full disk, read-only folder); what was at `path` before stays.
-    """
-    path = Path(path)
-    tmp = _temporary(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({_why(error)})") from None
-    finally:
-        with suppress(OSError):
-            tmp.unlink()
+
+def fingerprint(values):
+    """sha256 (hex) of JSON-able values."""
+    return hashlib.sha256("".join(map(json.dumps, values)).encode()).hexdigest()
+
+
+def cached(name, compute):
+    """compute(), which is JSON-able, or what it gave the last time, from the file `name` in the cache."""
+    with suppress(OSError, ValueError):  # not there yet, or damaged
+        return json.loads((cache_dir() / name).read_bytes())
+    value = compute()
+    with suppress(InputError):  # a cache that cannot be written costs time only
+        write_atomically(cache_dir() / name, json.dumps(value))
+    return value
 
 
 def locate(name, data_dir=None):
     """Path of the resource `name` (a key of RESOURCES), packed or unpacked: in data_dir, else in the cache, else
     downloaded into the cache. Raises InputError as `download` does."""
-    resource = RESOURCES[name]
-    for folder in _folders(data_dir):
-        for path in (folder / resource.unpacked, folder / resource.file):
-            if path.exists():
-                return path
-    path = cache_dir() / resource.file
-    print(f"fetching {resource.url} (about {resource.megabytes} MB) into {cache_dir()}", file=sys.stderr)
-    download(resource.url, path, resource.md5)
-    return path
+    packed, unpacked, url, md5 = RESOURCES[name]
+    if not find(data_dir, unpacked, packed):
+        download(url, cache_dir() / packed, md5)
+    return find(data_dir, unpacked, packed)[0]
 
 
 def download(url, path, md5=None, tries=4, pause=1.0, timeout=30.0):
-    """Fetch url to path with a progress bar. A broken connection is taken up where it broke if the server can do
-    that, else started anew, `tries` times in all, after pause, 2 pause, 4 pause .. seconds.
-
-    The file gets its name only when it is complete: as long as announced, with the right md5, of the kind its
-    name says, and no HTML page. Two processes may download the same file at once: each has a temporary name.
-    Raises InputError with the address and where to put the file by hand.
-    """
-    path, problem, tag = Path(path), "", None
-    tmp = _temporary(path)
-
-    def refuse(problem):
-        return InputError(f"{url}: {problem}; download it by hand and put it at {path}")
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, "w+b") as file, tqdm(desc=path.name, unit="B", unit_scale=True) as bar:
-            for attempt in range(tries):
-                time.sleep(pause * 2 ** (attempt - 1) if attempt else 0)
-                have = file.seek(0, os.SEEK_END)
-                headers = {"User-Agent": "rift", "Accept-Encoding": "identity"}
-                if have:  # If-Range: a file that changed in between comes whole
-                    headers |= {"Range": f"bytes={have}-"} | ({"If-Range": tag} if tag else {})
-                try:
-                    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as reply:
-                        if not reply.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-                            have = file.seek(0)
-                            file.truncate()
-                        tag = reply.headers.get("ETag")
-                        length = reply.headers.get("Content-Length")
-                        total = None if length is None else have + int(length)
-                        bar.total, bar.n = total, have
-                        if reply.headers.get_content_type() == "text/html":
-                            raise refuse("the server sent an HTML page instead of the file")
-                        while chunk := reply.read(1 << 16):
-                            have += len(chunk)
-                            bar.update(len(chunk))
-                            try:
-                                file.write(chunk)
-                            except OSError as error:  # not the network's fault: trying again does not help
-                                raise InputError(f"{path}: cannot be written ({_why(error)})") from None
-                    if total is None or have == total:
-                        problem = ""
-                        break
-                    problem = f"the connection broke after {have} of {total} bytes"
-                except urllib.error.HTTPError as error:
-                    problem = f"the server answered {error.code} {error.reason}"
-                    if error.code == 416:  # the part we have is longer than the file: start anew
-                        file.truncate(0)
-                    elif error.code < 500:
-                        break
-                except (OSError, http.client.HTTPException, ValueError) as error:
-                    if isinstance(error, InputError):
-                        raise
-                    problem = f"the connection failed ({_why(error)})"
-        if problem:
-            raise refuse(problem)
-        with open(tmp, "rb") as file:
-            if re.match(rb"\s*<(!doctype\s+html|html)", file.read(200), re.IGNORECASE):
-                raise refuse("the server sent an HTML page instead of the file")
-            file.seek(0)
-            found = hashlib.file_digest(file, "md5").hexdigest()
-            if md5 and found != md5:
-                raise refuse(f"wrong checksum (md5 {found}, should be {md5})")
-        if path.suffix == ".zip" and not zipfile.is_zipfile(tmp):  # its directory stands at the end
-            raise refuse("what came is not a complete zip archive")
-        os.replace(tmp, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({_why(error)})") from None
-    finally:
-        with suppress(OSError):
-            tmp.unlink()
-
-
-@contextmanager
-def _open_tar(path):
-    """A .tar.gz, read to its very end when done, because only there a cut or altered archive shows."""
-    with _reading(path), gzip.open(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        yield tar
-        while file.read(1 << 20):
-            pass
+    """Fetch url to path. What fails is tried again from the start, `tries` times in all, after pause, 2 pause,
+    4 pause .. seconds. Raises InputError with the address and where to put the file by hand."""
+    request = urllib.request.Request(url, headers={"User-Agent": "rift"})
+    with replacing(Path(path)) as tmp:
+        for attempt in range(tries):
+            time.sleep(pause * 2 ** (attempt - 1) if attempt else 0)
+            try:
+                with urllib.request.urlopen(request, timeout=timeout) as reply, open(tmp, "wb") as file:
+                    total = int(reply.headers.get("Content-Length", 0))
+                    with tqdm.wrapattr(file, "write", total=total or None, desc=f"fetching {url}") as progress:
+                        shutil.copyfileobj(reply, progress)
+                content = tmp.read_bytes()
+                if total and len(content) != total:
+                    raise OSError(f"the connection broke after {len(content)} of {total} bytes")
+                if content[:200].lstrip().startswith(b"<"):
+                    raise OSError("the server sent an HTML page instead of the file")
+                if md5 and hashlib.md5(content).hexdigest() != md5:
+                    raise OSError(f"wrong checksum, the md5 should be {md5}")
+                return
+            except (OSError, http.client.HTTPException) as error:
+                problem = error
+                if 400 <= getattr(error, "code", 0) < 500:
+                    break  # the server will not change its mind
+        raise InputError(f"{url}: {problem}; download it by hand and put it at {path}")
 
 
 def unpack(archive, folder):
-    """Unpack a .tar.gz or .zip into a temporary folder that becomes `folder` when complete: private to the user
-    (0700, files 0600), as NLTK demands of its data. A `folder` that exists is left as it is.
-
-    Raises InputError for a damaged archive, and for one with absolute paths, "..", links or devices: nothing is
-    written outside the folder, nothing is left of what was unpacked.
-    """
-    archive, folder = Path(archive), Path(folder)
-    tmp = _temporary(folder)
-
-    def check(name, plain):
-        parts = name.replace("\\", "/").split("/")
-        if name[:1] in ("/", "\\") or ".." in parts or ":" in parts[0]:
-            raise InputError(f"{archive}: refused, its member {name!r} would be written outside the folder")
-        if not plain:
-            raise InputError(f"{archive}: refused, its member {name!r} is a link or a device")
-
-    try:
-        tmp.mkdir(mode=0o700, parents=True)
-        if archive.suffix == ".zip":
-            with _reading(archive), zipfile.ZipFile(archive) as file:
-                for member in file.infolist():
-                    check(member.filename, not stat.S_ISLNK(member.external_attr >> 16))
-                file.extractall(tmp)
-        else:
-            with _open_tar(archive) as file:
-                for member in file.getmembers():
-                    check(member.name, member.isfile() or member.isdir())
-                file.extractall(tmp, filter="data")
-        for path in tmp.rglob("*"):
+    """Unpack a .tar.gz without its links into `folder`, private to the user as NLTK demands; one that exists is left
+    alone. Raises InputError for a damaged archive, and for one that would write outside the folder."""
+    with replacing(Path(folder)) as tmp, reading(archive), tarfile.open(archive) as file:
+        file.extractall(tmp, [member for member in file if member.isfile() or member.isdir()], filter="data")
+        for path in (tmp, *tmp.rglob("*")):
             path.chmod(0o700 if path.is_dir() else 0o600)
-        try:
-            os.rename(tmp, folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was quicker
-                raise
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({_why(error)})") from None
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def prepare_nltk(data_dir=None, wordnet=False):
-    """Make NLTK's sentence tokenizer (punkt_tab), and WordNet if asked for, available in this process: from
-    data_dir, the cache, or NLTK's own folders, else by nltk.download into the cache.
-
-    NLTK refuses data that other accounts could write, so a packed nltk_data.tar.gz is unpacked into a private
-    folder of the cache. Raises InputError that says how to install.
-    """
-    for folder in reversed(_folders(data_dir)):
-        roots = [folder / "nltk_data"]
-        packed = folder / "nltk_data.tar.gz"
-        if packed.is_file():
-            with _reading(packed), open(packed, "rb") as file:
-                private = cache_dir() / f"nltk_data-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    """Make NLTK's sentence tokenizer, and WordNet if asked for, available in this process: from data_dir, the cache
+    or NLTK's own folders, else by nltk.download into the cache. Raises InputError that says how to install."""
+    own = cache_dir() / "nltk_data"
+    for path in (own, *find(data_dir, "nltk_data.tar.gz", "nltk_data")):
+        if path.suffix == ".gz":  # NLTK refuses data that other accounts could write, so into a private folder
+            with reading(path):
+                private = cache_dir() / f"nltk_data-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
             if not private.is_dir():
-                unpack(packed, private)
-            roots.append(private / "nltk_data")
-        roots = [str(root.resolve()) for root in roots if root.is_dir()]
-        nltk.data.path[:0] = [root for root in roots if root not in nltk.data.path]
+                unpack(path, private)
+            path = private / "nltk_data"
+        if str(path.resolve()) not in nltk.data.path:
+            nltk.data.path.insert(0, str(path.resolve()))
 
-    def missing():
-        with suppress(LookupError, OSError, ValueError):  # not there, or NLTK refuses to read it
-            if nltk.tokenize.punkt_model_available():
-                if wordnet:
-                    nltk.corpus.wordnet.ensure_loaded()
-                return []
-        return ["punkt_tab", "wordnet"][: 1 + wordnet]
+    def there():
+        with suppress(LookupError, OSError, ValueError):  # not installed, or NLTK refuses to read it
+            if wordnet:
+                nltk.corpus.wordnet.ensure_loaded()
+            return nltk.tokenize.punkt_model_available()
 
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        if missing():
-            target = cache_dir() / "nltk_data"
-            with suppress(OSError, ValueError, zipfile.BadZipFile):
-                target.mkdir(mode=0o700, parents=True, exist_ok=True)
-                nltk.data.path[:0] = [str(target)] * (str(target) not in nltk.data.path)
-                for name in missing():
-                    nltk.download(name, download_dir=str(target), quiet=True)
-        names = " ".join(missing())
-    if names:
-        raise InputError(f"NLTK data ({names}) not found, and downloading it failed; install it with `python -m "
-                         f"nltk.downloader {names}`, or put nltk_data.tar.gz or nltk_data/ into "
-                         f"{_folders(data_dir)[0]} (NLTK refuses a folder that other accounts can write)")
+    names = ["punkt_tab", "wordnet"][: 1 + wordnet]
+    if not there():
+        with suppress(OSError, ValueError):
+            own.mkdir(mode=0o700, parents=True, exist_ok=True)
+            nltk.download(names, str(own), quiet=True)
+    if not there():
+        raise InputError(f"NLTK data not found; install it with `python -m nltk.downloader {' '.join(names)}`, or put "
+                         f"nltk_data.tar.gz into {data_dir or cache_dir()} (NLTK refuses folders others can write)")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 2. Tasks
-
-
-class Example(NamedTuple):
-    words: tuple  # of one or two texts, each a tuple of words; only the last text may be changed
-    y: int  # class
-
-
-class Task(NamedTuple):
-    name: str
-    labels: list  # names of the classes, by class number
-    train: list  # of Example
-    dev: list
-    test: list
-    fingerprint: str  # sha256 of all of it
+# ------------------------------------------------------------------------------------------------------ 2. Tasks
+# words: one or two texts, each a tuple of words, of which only the last may be changed; y: class
+Example = namedtuple("Example", "words y")
+# labels: names of the classes, by class number; train, dev, test: lists of Example; fingerprint: sha256 of all of it
+Task = namedtuple("Task", "name labels train dev test fingerprint")
 
 
 def words_of(text):
     """Raw text -> its words: nltk.word_tokenize, then lower case. No word is empty or holds white space, whatever
-    the text. Call prepare_nltk first (LookupError otherwise)."""
+    the text, so that " ".join(words).split() gives them back. Call prepare_nltk first (LookupError otherwise)."""
     text = text.replace("<br />", " ").encode("utf-8", "replace").decode()  # half of a surrogate pair becomes "?"
-    # " ".join(words).split() has to give the same words: lower() and the tokenizer never add white space
     return [sys.intern(word.lower()) for word in nltk.word_tokenize(text)]
 
 
@@ -358,390 +233,240 @@ def from_text(text):
 
 
 def load_task(task, data_dir=None, *, train_size=None, dev_size=None, test_size=None, split_seed=0):
-    """Read "imdb", "snli", or a folder with train.tsv, test.tsv and perhaps dev.tsv (header `label TAB text`, or
-    `label TAB text TAB text2`; labels are any strings, classes in their sorted order).
-
-    A size gives a class-balanced subset, rounded down to a multiple of the number of classes; None is everything.
-    Without a dev split a tenth of every class of train, at most 1,000 in all, is set aside for it (dev_size: that
-    many, class-balanced). Subsets and their order depend on split_seed alone, so every method and seed sees the
-    same texts, the first n of a split are a random sample of it, and train never holds an example of dev.
-
-    Returns a Task. Raises InputError for missing or damaged files, wrong lines, sizes that cannot be had, and for
-    fewer than 2 training examples of a class (its examples are compared with each other).
-    """
-    if task == "imdb":
-        path = locate("imdb", data_dir)
-        labels, splits = read_imdb(path)
-    elif task == "snli":
-        path = locate("snli", data_dir)
-        labels, splits = read_snli(path)
-    elif Path(task).is_dir():
-        path = Path(task)
-        labels, splits = read_folder(path)
-    else:
+    """Read "imdb", "snli", or a folder of TSV files -> Task. The sizes and split_seed are those of `choose`.
+    Raises InputError for missing or damaged files, wrong lines, and sizes that cannot be had."""
+    readers = {"imdb": read_imdb, "snli": read_snli}
+    if task not in readers and not Path(task).is_dir():
         raise InputError(f"unknown task {str(task)!r}: neither imdb, snli nor a folder with train.tsv and test.tsv")
+    path = locate(task, data_dir) if task in readers else Path(task)
+    labels, splits = readers.get(task, read_folder)(path)
+    sizes = {"train": train_size, "dev": dev_size, "test": test_size}
+    splits = choose(splits, labels, sizes, split_seed, path)
+    prepare_nltk(data_dir)
+    words = tokenize(text for raw in splits.values() for texts, _ in raw for text in texts)
+    for split, raw in splits.items():
+        splits[split] = [Example(tuple(words[text] for text in texts), y) for texts, y in raw]
+    content = [labels, *([split, x.y, to_text(x.words)] for split in splits for x in splits[split])]
+    name = task if task in readers else path.resolve().name
+    return Task(name, labels, **splits, fingerprint=fingerprint(content))
+
+
+def choose(splits, labels, sizes, split_seed, where):
+    """{split: [(texts, y), ..]} -> the examples to use of "train", "dev" and "test", in random order.
+
+    sizes: {split: n}, a class-balanced subset, n rounded down to a multiple of the number of classes; None is all.
+    Without a dev split a tenth of every class of train, at most 1,000 in all, is set aside for it (or what its size
+    says). Subsets and their order depend on split_seed alone, so every method and seed sees the same texts, and the
+    first n of a split are a random sample of it. Raises InputError when a class has too few.
+    """
     if split_seed < 0:
         raise InputError(f"split seed {split_seed}: has to be 0 or more")
-
-    C = len(labels)
-    rngs = {split: np.random.default_rng([split_seed, i]) for i, split in enumerate(("train", "dev", "test"))}
+    rngs = {split: np.random.default_rng([split_seed, i]) for i, split in enumerate(sizes)}
     pools = {}  # split -> for each class its examples' numbers in random order
     for split, raw in splits.items():
-        y = np.array([label for _, label in raw])
-        pools[split] = [rngs[split].permutation(np.flatnonzero(y == c)) for c in range(C)]
-
-    def balanced(split, size, pools):
-        if size is None:
-            return pools
-        n = size // C
-        if n < 1:
-            raise InputError(f"{path}: {size} examples of {split} are too few for {C} classes, at least {C} are needed")
-        for label, pool in zip(labels, pools):
-            if len(pool) < n:
-                raise InputError(f"{path}: {size} examples of {split} need {n} of each class, "
-                                 f"but class {label!r} has only {len(pool)}")
-        return [pool[-n:] for pool in pools]  # from the end, see below
-
+        y = np.array([y for _, y in raw])
+        pools[split] = [rngs[split].permutation(np.flatnonzero(y == c)) for c in range(len(labels))]
     if "dev" not in splits:
-        splits["dev"] = splits["train"]
-        if dev_size is None:
-            total = len(splits["train"])
-            n_dev = [max(1, len(pool) * min(1000, total // 10) // total) for pool in pools["train"]]
-        else:
-            n_dev = [len(pool) for pool in balanced("dev", dev_size, pools["train"])]
         # dev from the front and train from the end: the size of one leaves the other's examples as they are
-        pools["dev"] = [pool[:n] for pool, n in zip(pools["train"], n_dev)]
-        pools["train"] = [pool[n:] for pool, n in zip(pools["train"], n_dev)]
-        dev_size = None
-    chosen = {}
-    for split, size in (("train", train_size), ("dev", dev_size), ("test", test_size)):
-        pool = balanced(split, size, pools[split])
-        if split == "train":
-            for label, numbers in zip(labels, pool):
-                if len(numbers) < 2:
-                    raise InputError(f"{path}: class {label!r} has {len(numbers)} training examples after dev was "
-                                     f"set aside and --train-size applied, at least 2 are needed")
-        chosen[split] = [splits[split][i] for i in rngs[split].permutation(np.concatenate(pool))]
+        total = len(splits["train"])
+        counts = [max(1, len(pool) * min(1000, total // 10) // total) for pool in pools["train"]]
+        if sizes["dev"] is not None:
+            counts = map(len, balanced(pools["train"], sizes["dev"], labels, f"{where}: dev"))
+        pools["dev"], pools["train"] = zip(*(np.split(pool, [n]) for pool, n in zip(pools["train"], counts)))
+        splits = splits | {"dev": splits["train"]}
+    pools = {split: balanced(pools[split], size, labels, f"{where}: {split}") for split, size in sizes.items()}
+    fewest, label = min(zip(map(len, pools["train"]), labels))
+    if fewest < 2:
+        raise InputError(f"{where}: class {label!r} has {fewest} training examples (without those of dev), wanted 2")
+    return {split: [splits[split][i] for i in rngs[split].permutation(np.concatenate(pools[split]))] for split in sizes}
 
-    prepare_nltk(data_dir)
-    words = tokenize(text for raw in chosen.values() for texts, _ in raw for text in texts)
-    done = {split: [Example(tuple(words[text] for text in texts), y) for texts, y in raw]
-            for split, raw in chosen.items()}
-    digest = hashlib.sha256(json.dumps(labels).encode())
-    for split in ("train", "dev", "test"):
-        for example in done[split]:
-            digest.update(json.dumps([split, example.y, to_text(example.words)]).encode())
-    name = task if task in ("imdb", "snli") else path.resolve().name
-    return Task(name, labels, done["train"], done["dev"], done["test"], digest.hexdigest())
+
+def balanced(pools, size, labels, where):
+    """The last size // C of each of C classes' pools, or all if size is None. InputError where there are too few."""
+    n, (fewest, label) = (size or 0) // len(pools), min(zip(map(len, pools), labels))
+    if size is not None and not 1 <= n <= fewest:
+        raise InputError(f"{where}: {size} examples are {n} of each class, wanted 1 to {fewest} (class {label!r})")
+    return pools if size is None else [pool[-n:] for pool in pools]
 
 
 def tokenize(texts):
     """Raw texts -> {text: tuple of its words}, each text split once (a premise of SNLI stands in three pairs). That
-    takes a second for 400 reviews, so many texts get a progress bar and a file in the cache."""
+    takes a second for 400 reviews, so it is kept in the cache."""
     texts = list(dict.fromkeys(texts))
-    if len(texts) <= 500:
-        return {text: tuple(words_of(text)) for text in texts}
-    digest = hashlib.sha256(nltk.__version__.encode())
-    for text in texts:
-        digest.update(json.dumps(text).encode())
-    path = cache_dir() / f"words-{digest.hexdigest()[:32]}.jsonl"
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if len(lines) == len(texts):
-            return {text: tuple(map(sys.intern, line.split())) for text, line in zip(texts, lines)}
-    except (OSError, ValueError, AttributeError):
-        pass  # not there yet, or damaged: computed anew
-    words = {text: tuple(words_of(text)) for text in tqdm(texts, desc="splitting texts into words", unit="text")}
-    try:
-        write_atomically(path, "".join(json.dumps(" ".join(words[text])) + "\n" for text in texts))
-    except InputError as error:
-        print(f"warning: {error}; the words will have to be computed again", file=sys.stderr)
-    return words
+    lines = cached(f"words-{fingerprint([nltk.__version__, *texts])[:32]}.json",
+                   lambda: [" ".join(words_of(text)) for text in tqdm(texts, desc="words", delay=2)])
+    return {text: tuple(map(sys.intern, line.split())) for text, line in zip(texts, lines)}
 
 
 def read_imdb(path):
-    """aclImdb_v1.tar.gz or the folder aclImdb -> (labels, {"train", "test": [((text,), y), ..]}), neg = 0, pos = 1,
-    in the order of the file names. Raises InputError for another layout, damage, or bytes that are not UTF-8."""
-    wanted = re.compile(r"(?:.*/)?(train|test)/(neg|pos)/[^/]+\.txt")
-    found = {}  # (split, class) -> [(name, text), ..]
-    if path.is_dir():
-        for file in path.glob("t*/*/*.txt"):
-            if match := wanted.fullmatch(str(file)):
-                with _reading(file):
-                    found.setdefault(match.groups(), []).append((file.name, _decode(file.read_bytes(), file)))
-    else:
-        with _open_tar(path) as tar:
-            for member in tar:
-                match = wanted.fullmatch(member.name)
-                if match and member.isfile():
-                    text = _decode(tar.extractfile(member).read(), f"{path}: {member.name}")
-                    found.setdefault(match.groups(), []).append((member.name.rpartition("/")[2], text))
-    splits = {}
-    for split in ("train", "test"):
-        for y, label in enumerate(("neg", "pos")):
-            if not found.get((split, label)):
-                raise InputError(f"{path}: holds no aclImdb/{split}/{label}/*.txt, so it is not the IMDB data set "
-                                 f"({RESOURCES['imdb'].url})")
-            splits.setdefault(split, []).extend(((text,), y) for _, text in sorted(found[split, label]))
-    return ["neg", "pos"], splits
+    """aclImdb_v1.tar.gz or the folder aclImdb -> (labels, {"train", "test": [((text,), y), ..]}), in the order of the
+    file names. Raises InputError for another layout or damage."""
+    labels = ["neg", "pos"]
+    found = {(split, label): [] for split in ("train", "test") for label in labels}
+    for where, text in texts_in(path, r"/(train|test)/(neg|pos)/[^/]+\.txt$"):
+        split, label, file = where.split("/")[-3:]
+        found[split, label].append((file, text))
+    for (split, label), texts in found.items():
+        if not texts:
+            raise InputError(f"{path}: holds no aclImdb/{split}/{label}/*.txt, wanted {RESOURCES['imdb'][2]}")
+    return labels, {split: [((text,), y) for y, label in enumerate(labels) for _, text in sorted(found[split, label])]
+                    for split in ("train", "test")}
 
 
 def read_snli(path):
     """snli_1.0.zip or the folder snli_1.0 -> (labels, {"train", "dev", "test": [((premise, hypothesis), y), ..]}).
     Pairs with the gold label "-" are dropped. Raises InputError for another layout, damage, or a wrong line."""
     labels = ["entailment", "contradiction", "neutral"]
-    splits = {}
-    for split in ("train", "dev", "test"):
-        name = f"snli_1.0_{split}.jsonl"
-        with _reading(path):
-            if path.is_dir():
-                data = (path / name).read_bytes() if (path / name).is_file() else None
-            else:
-                with zipfile.ZipFile(path) as archive:
-                    member = f"snli_1.0/{name}"
-                    data = archive.read(member) if member in archive.namelist() else None
-        if data is None:
-            raise InputError(f"{path}: holds no {name}, so it is not the SNLI data set ({RESOURCES['snli'].url})")
-        splits[split] = []
-        for number, line in enumerate(_decode(data, f"{path}: {name}").split("\n"), 1):
-            if not line.strip():
-                continue
-            where = f"{path}: {name}, line {number}"
+    splits = {"train": [], "dev": [], "test": []}
+    for where, content in texts_in(path, r"[/ ]snli_1\.0_(train|dev|test)\.jsonl$"):
+        split = where.removesuffix(".jsonl").rpartition("_")[2]
+        for number, line in enumerate(content.rstrip().split("\n"), 1):
             try:
                 row = json.loads(line)
                 label, texts = row["gold_label"], (row["sentence1"], row["sentence2"])
-                if not all(isinstance(text, str) for text in texts):
-                    raise TypeError
+                if label not in (*labels, "-") or not all(isinstance(text, str) for text in texts):
+                    raise ValueError
             except (ValueError, KeyError, TypeError, RecursionError):
-                raise InputError(f"{where}: no JSON object with the strings gold_label, sentence1 and sentence2: "
-                                 f"{line[:60]!r}") from None
-            if label not in labels + ["-"]:
-                raise InputError(f"{where}: gold_label {label!r} is none of {', '.join(labels)} and -")
+                raise InputError(f"{where}, line {number}: {line[:120]!r}, wanted JSON with the strings sentence1, "
+                                 f"sentence2 and gold_label ({', '.join(labels)} or -)") from None
             if label != "-":
                 splits[split].append((texts, labels.index(label)))
+    for split, pairs in splits.items():
+        if not pairs:
+            raise InputError(f"{path}: holds no snli_1.0_{split}.jsonl, wanted {RESOURCES['snli'][2]}")
     return labels, splits
 
 
 def read_folder(path):
-    """A folder with train.tsv, test.tsv and perhaps dev.tsv -> (labels, {split: [(texts, y), ..]}). No quoting: a
-    text holds neither tabs nor line breaks; it may be empty. Raises InputError with file, line and value."""
-    rows, headers = {}, {}
-    for split in ("train", "dev", "test"):
-        file = path / f"{split}.tsv"
-        if split == "dev" and not file.exists():
-            continue
-        with _reading(file):
-            lines = _decode(file.read_bytes(), file).split("\n")
-        lines = [line.removesuffix("\r") for line in lines]
-        if lines[-1] == "":
-            lines.pop()
-        if not lines:
-            raise InputError(f"{file}: is empty; wanted the header label TAB text (TAB text2), then a line an example")
-        headers[split] = header = lines[0].split("\t")
-        if header not in (["label", "text"], ["label", "text", "text2"]):
-            raise InputError(f"{file}, line 1: the header is {lines[0][:80]!r}, wanted label TAB text, or label TAB "
-                             f"text TAB text2")
-        if header != headers["train"]:
-            raise InputError(f"{file}, line 1: {len(header)} columns, but train.tsv has {len(headers['train'])}")
-        if len(lines) == 1:
-            raise InputError(f"{file}: holds no examples, only a header")
-        rows[split] = []
-        for number, line in enumerate(lines[1:], 2):
-            label, *texts = line.split("\t")
-            if len(texts) + 1 != len(header):
-                raise InputError(f"{file}, line {number}: {len(texts) + 1} columns instead of {len(header)}: "
-                                 f"{line[:60]!r}")
-            if not label.strip():
-                raise InputError(f"{file}, line {number}: the label is empty")
-            rows[split].append((number, label, tuple(texts)))
-
-    labels = sorted({label for _, label, _ in rows["train"]})
-    if len(labels) < 2:
-        raise InputError(f"{path / 'train.tsv'}: only one class, {labels[0]!r}; at least 2 are needed")
-    for label in labels:
-        same = [number for number, other, _ in rows["train"] if other == label]
-        if len(same) < 2:
-            raise InputError(f"{path / 'train.tsv'}, line {same[0]}: class {label!r} has only this example, at least "
-                             f"2 are needed")
-    classes = {label: y for y, label in enumerate(labels)}
-    for split in rows:
-        for number, label, _ in rows[split]:
-            if label not in classes:
-                raise InputError(f"{path / split}.tsv, line {number}: label {label!r} does not occur in train.tsv")
-    return labels, {split: [(texts, classes[label]) for _, label, texts in rows[split]] for split in rows}
+    """train.tsv, test.tsv and perhaps dev.tsv (header `label TAB text` or `label TAB text TAB text2`) -> (labels,
+    {split: [(texts, y), ..]}). Labels are any strings, classes in their sorted order. No quoting: a text holds neither
+    tabs nor line breaks; it may be empty. Raises InputError with file, line and value."""
+    headers, labels, splits = ["label\ttext", "label\ttext\ttext2"], None, {}
+    for split in ("train", "dev", "test") if (path / "dev.tsv").exists() else ("train", "test"):
+        [(where, content)] = texts_in(path / f"{split}.tsv")
+        header, *lines = content.replace("\r\n", "\n").removesuffix("\n").split("\n")
+        if header not in headers or not lines:
+            wanted = " or ".join(map(repr, headers))
+            raise InputError(f"{where}, line 1: {header[:80]!r}, wanted the header {wanted}, then examples")
+        headers = [header]  # test.tsv and dev.tsv have the columns of train.tsv
+        rows = [line.split("\t") for line in lines]
+        labels = labels or sorted({row[0] for row in rows})
+        for number, row in enumerate(rows, 2):
+            if len(row) != header.count("\t") + 1 or not row[0].strip():
+                raise InputError(f"{where}, line {number}: {str(row)[:80]}, wanted {header!r} with a label")
+            if row[0] not in labels:
+                raise InputError(f"{where}, line {number}: label {row[0]!r} does not occur in train.tsv")
+        if len(labels) < 2:
+            raise InputError(f"{where}: only one class, {labels[0]!r}; at least 2 are needed")
+        splits[split] = [(tuple(texts), labels.index(label)) for label, *texts in rows]
+    return labels, splits
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 3. Substitution tables: lower-case word -> list of lower-case words
-
-
+# ----------------------------------------------- 3. Substitution tables: lower-case word -> list of lower-case words
 def load_neighbors(source=None, data_dir=None, train_words=None):
     """A substitution table. source: "wordnet" (evaluated as words are asked for), a neighbour table .json, a
     counter-fitted vector file .txt or .zip, or None for the public vectors, fetched if need be. train_words: a
-    Counter of the task's training words, for vectors only.
-
-    Raises InputError for a missing file, another kind of file, or a table that does not map words to words.
-    """
+    Counter of the task's training words, for vectors only. Raises InputError for a missing or an unfit file."""
     if source == "wordnet":
         prepare_nltk(data_dir, wordnet=True)
         return WordNetSynonyms()
     path = Path(source).expanduser() if source is not None else locate("vectors", data_dir)
     if path.suffix not in (".json", ".txt", ".zip"):
         raise InputError(f"{path}: wanted `wordnet`, a neighbour table .json, or a vector file .txt or .zip")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
     return read_neighbors(path) if path.suffix == ".json" else vector_neighbors(path, train_words)
 
 
 def read_neighbors(path):
     """A JSON object {word: [word, ..], ..} -> dict. Raises InputError with the word that is wrong."""
-    with _reading(path):
-        data = path.read_bytes()
+    [(where, content)] = texts_in(Path(path))
     try:
-        table = json.loads(_decode(data, path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({_why(error)})") from None
-    if not isinstance(table, dict):
-        raise InputError(f"{path}: wanted a JSON object that maps a word to a list of words")
-    for word, others in table.items():
-        if not isinstance(others, list):
-            raise InputError(f"{path}: the value of {word!r} is not a list of words: {str(others)[:60]!r}")
-        for other in others:
-            if not isinstance(other, str) or other != other.lower() or other.split() != [other]:
-                raise InputError(f"{path}: under {word!r}: {other!r} is not one lower-case word")
+        items = json.loads(content).items()
+    except (ValueError, AttributeError, RecursionError):
+        raise InputError(f"{where}: wanted a JSON object that maps a word to a list of words") from None
+    for word, others in items:
+        if not (isinstance(others, list) and all(isinstance(x, str) and x.lower().split() == [x] for x in others)):
+            raise InputError(f"{where}: {word!r} maps to {str(others)[:200]}, wanted a list of single lower-case words")
     # texts are lower-case and split at white space: other keys, of which the published table has some, never match
-    return {word: others for word, others in table.items() if word.lower().split() == [word]}
+    return {word: others for word, others in items if word.lower().split() == [word]}
 
 
 class WordNetSynonyms:
-    """A read-only table: the single-word lemmas of all synsets of a word, in synset order, lower-case, without
-    repeats and without the word itself. Words without synonyms are not in it."""
-
-    def __init__(self):
-        self.memo = Memo(self.synonyms)
+    """A table computed as it is asked: the single-word lemmas of all synsets of a word, in synset order, lower-case,
+    without repeats and without the word itself."""
 
     @staticmethod
+    @functools.cache
     def synonyms(word):
         lemmas = (lemma.lower() for synset in nltk.corpus.wordnet.synsets(word) for lemma in synset.lemma_names())
         return list(dict.fromkeys(lemma for lemma in lemmas if "_" not in lemma and lemma != word))
 
     def get(self, word, default=None):
-        return self.memo[word] or default
-
-    def __contains__(self, word):
-        return bool(self.memo[word])
-
-    def __getitem__(self, word):
-        if not self.memo[word]:
-            raise KeyError(word)
-        return self.memo[word]
+        return self.synonyms(word) or default
 
 
 def table_fingerprint(table):
     """sha256 (hex) of a substitution table; WordNet is known by its version."""
     wordnet = isinstance(table, WordNetSynonyms)
-    content = f"wordnet {nltk.corpus.wordnet.get_version()}" if wordnet else sorted(table.items())
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return fingerprint([f"wordnet {nltk.corpus.wordnet.get_version()}" if wordnet else sorted(table.items())])
 
 
 def vector_neighbors(path, train_words, k=8, max_sq_dist=0.5, vocabulary=50_000, skip=27):
     """Nearest neighbours in a file of word vectors (Alzantot et al. 2018; vectors of Mrksic et al. 2016).
 
-    path: .txt with a line `word number number ..` each, or its .zip. train_words: Counter of the task's training
-    words. A word's substitutes are its at most k nearest words with ||a - b||^2 < max_sq_dist, nearest first. Both
-    are among the `vocabulary` most frequent training words (ties by alphabet) and have a vector; of those the
-    `skip` most frequent, function words, get no substitutes. Words without any are left out of the table.
-
-    65,713 x 300 numbers take seconds to minutes and about 1 GiB; the result is kept in the cache.
-    Raises InputError with the line of a short row or a non-number.
+    path: see read_vectors. train_words: Counter of the task's training words. A word's substitutes are its at most k
+    nearest words with ||a - b||^2 < max_sq_dist, nearest first. Both are among the `vocabulary` most frequent training
+    words (ties by alphabet) and have a vector; of those the `skip` most frequent, function words, get none.
+    65,713 x 300 numbers take a minute or two and 1 GiB; the result is kept in the cache. Raises InputError.
     """
     path = Path(path)
     ranked = sorted(train_words or (), key=lambda word: (-train_words[word], word))[:vocabulary]
-    with _reading(path), open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    digest.update(json.dumps([k, max_sq_dist, skip, ranked]).encode())
-    cache = cache_dir() / f"neighbors-{digest.hexdigest()[:32]}.json"
-    if cache.is_file():
-        try:
-            return read_neighbors(cache)
-        except InputError:
-            pass  # damaged: computed anew
 
-    vectors = read_vectors(path, set(ranked))
-    words = [word for word in ranked if word in vectors]
-    if not words:
-        raise InputError(f"{path}: none of the {len(ranked)} training words has a vector in it")
-    X = torch.from_numpy(np.stack([vectors[word] for word in words]))  # (n, dim) float32
-    squares = X.square().sum(1)
-    table = {}
-    for start in tqdm(range(skip, len(words), 1000), desc="nearest neighbours", unit_scale=1000):
-        A = X[start : start + 1000]
-        distances = torch.addmm(squares[None], A, X.T, alpha=-2)  # (1000, n): ||b||^2 - 2 a.b orders as the distance
-        distances[torch.arange(len(A)), torch.arange(start, start + len(A))] = math.inf  # not the word itself
-        nearest = distances.topk(min(k + 8, len(words)), largest=False).indices.sort().values  # (1000, k + 8)
-        # the few that matter once more without rounding, so that every machine finds the same
-        exact = (A[:, None].double() - X[nearest].double()).square().sum(2)  # (1000, k + 8)
-        exact[nearest == torch.arange(start, start + len(A))[:, None]] = math.inf
-        order = exact.argsort(dim=1, stable=True)[:, :k]
-        for word, ids, ds in zip(words[start:], nearest.gather(1, order).tolist(), exact.gather(1, order).tolist()):
-            others = [words[i] for i, d in zip(ids, ds) if d < max_sq_dist]
-            if others:
-                table[word] = others
-    try:
-        write_atomically(cache, json.dumps(table))
-    except InputError as error:
-        print(f"warning: {error}; the neighbours will have to be computed again", file=sys.stderr)
-    return table
+    def compute():
+        vectors = read_vectors(path, set(ranked))
+        words = [word for word in ranked if word in vectors]
+        if not words:
+            raise InputError(f"{path}: none of the {len(ranked)} training words has a vector in it")
+        X = torch.tensor([vectors[word] for word in words], dtype=torch.float64)  # (n, dim)
+        table = {}
+        for start in tqdm(range(skip, len(words), 1000), desc="nearest neighbours", unit_scale=1000):
+            distances = torch.cdist(X[start : start + 1000], X).square()  # (1000, n)
+            for i, row in enumerate(distances, start):
+                row[i] = math.inf  # not the word itself
+                near = (row < max_sq_dist).nonzero()[:, 0]
+                # rounded, so that of equals the most frequent word comes first on every machine
+                nearest = near[row[near].round(decimals=9).argsort(stable=True)[:k]]
+                if len(nearest):
+                    table[words[i]] = [words[j] for j in nearest.tolist()]
+        return table
+
+    with reading(path):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+    return cached(f"neighbors-{fingerprint([content, k, max_sq_dist, skip, ranked])[:32]}.json", compute)
 
 
 def read_vectors(path, wanted):
-    """Rows of a vector file (.txt, or .zip with one) for the wanted words -> {word: (dim,) float32 array}. Every
-    row is checked. Raises InputError with the line."""
+    """A .txt with a line `word number number ..` each, or a .zip with one -> {word: list of numbers} of the wanted
+    words. Raises InputError with the line, also of other words."""
+    files = list(texts_in(path, r"^(?!.*__MACOSX).*\.txt$"))
+    if len(files) != 1:
+        raise InputError(f"{path}: wanted one .txt file in it, there are {len(files)}")
+    [(where, content)] = files
     vectors, dim = {}, None
-    with _reading(path):
-        if path.suffix == ".zip":
-            archive = zipfile.ZipFile(path)
-            members = [name for name in archive.namelist() if name.endswith(".txt") and not name.startswith("__MACOSX")]
-            if len(members) != 1:
-                raise InputError(f"{path}: wanted one .txt file in it, there are {len(members)}")
-            file = archive.open(members[0])
-        else:
-            file = open(path, "rb")
-        with file:
-            for number, line in enumerate(file, 1):
-                where = f"{path}, line {number}"
-                try:
-                    word, *fields = line.decode().rstrip().split(" ")
-                    row = list(map(float, fields))
-                except UnicodeDecodeError as error:
-                    raise InputError(f"{where}: not UTF-8 (byte 0x{line[error.start]:02x})") from None
-                except ValueError as error:
-                    raise InputError(f"{where}: not a number ({error})") from None
-                dim = dim or len(row)
-                if not row or len(row) != dim:
-                    raise InputError(f"{where}: {len(row)} numbers after the word, wanted {dim or 'some'}")
-                if not math.isfinite(sum(row)):
-                    raise InputError(f"{where}: a number is not finite")
-                if word in wanted and word not in vectors:
-                    vectors[word] = np.array(row, dtype=np.float32)
+    for number, line in enumerate(content.removesuffix("\n").split("\n"), 1):
+        word, *fields = line.rstrip().split(" ")
+        try:
+            row = list(map(float, fields))
+        except ValueError:
+            row = []
+        dim = dim or len(row)
+        if not row or len(row) != dim or not math.isfinite(sum(row)):
+            raise InputError(f"{where}, line {number}: {line[:60]!r}, wanted a word and {dim or 'some'} numbers")
+        if word in wanted:
+            vectors.setdefault(word, row)
     return vectors
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 4. Words to tokens
-
-
-class Memo(dict):
-    """A dictionary that computes what it lacks."""
-
-    def __init__(self, function):
-        self.function = function
-
-    def __missing__(self, key):
-        value = self[key] = self.function(key)
-        return value
-
-
+# --------------------------------------------------------------------------------------------- 4. Words to tokens
 class Vocabulary:
     """Words to tokens of a BERT or RoBERTa tokenizer, exactly one per word, with the candidates of every position.
 
@@ -749,44 +474,28 @@ class Vocabulary:
     substitution table. unknown: what a word outside the vocabulary becomes, "piece" (the first piece the tokenizer
     gives for it) or "unk". max_candidates: of a position, the word itself included.
     No text becomes a special token, whatever is written in it, except [UNK] for what has no token at all.
-    Raises InputError for a tokenizer without cls, sep, pad and unk tokens, and for a max_len without room for words.
     """
 
     def __init__(self, tokenizer, max_len, neighbors=None, unknown="piece", max_candidates=10):
-        if unknown not in ("piece", "unk"):
-            raise InputError(f"unknown words as {unknown!r}: wanted piece or unk")
-        if max_len < 3:
-            raise InputError(f"longest input {max_len}: wanted at least 3, two are special tokens")
-        if max_candidates < 1:
-            raise InputError(f"{max_candidates} candidates: wanted at least 1, the word itself")
-        names = ("cls_token_id", "sep_token_id", "pad_token_id", "unk_token_id")
-        self.cls, self.sep, self.pad, self.unk = (getattr(tokenizer, name) for name in names)
-        if None in (self.cls, self.sep, self.pad, self.unk):
-            raise InputError(f"tokenizer {tokenizer.name_or_path!r} lacks a cls, sep, pad or unk token: wanted one of "
-                             f"a BERT or RoBERTa model")
+        if max_len < 3 or unknown not in ("piece", "unk") or max_candidates < 1:
+            raise InputError(f"longest input {max_len}, unknown words {unknown!r}, {max_candidates} candidates: wanted "
+                             f"at least 3 (two are special tokens), piece or unk, and at least 1 (the word itself)")
         self.tokenizer, self.max_len, self.unknown, self.max_candidates = tokenizer, max_len, unknown, max_candidates
         self.neighbors = {} if neighbors is None else neighbors
+        specials = [getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "pad", "unk")]
+        if None in specials:
+            raise InputError(f"tokenizer {tokenizer.name_or_path!r} lacks one of the tokens cls, sep, pad and unk")
+        self.cls, self.sep, self.pad, self.unk = specials
         added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special = (added | set(tokenizer.all_special_ids)) - {self.unk}
         self.ids = tokenizer.get_vocab()
         # byte-level BPE writes the space before a word as "Ġ", and has own letters for bytes that are not ASCII
         self.byte_level = any(piece.startswith("Ġ") for piece in tokenizer.tokenize(" a")[:1])
-        self.tokens, self.sets = Memo(self._token), Memo(self._candidates)
-        # for encode: a row per word with its candidates besides the word itself; row 0 is a word that has none
-        self.rows = Memo(self._row)
-        self.subs = np.full((1024, max_candidates - 1), self.pad, dtype=np.int64)
-        self.counts = np.zeros(1024, dtype=np.int64)
-        self.used = 1
+        # the same words come again and again
+        self.token, self.candidates = functools.cache(self.token), functools.cache(self.candidates)
 
     def token(self, word):
         """The id of the word, else of its first piece (or [UNK], see the class); never another special token."""
-        return self.tokens[word]
-
-    def candidates(self, word):
-        """Token ids of candidate_words(word)."""
-        return self.sets[word]
-
-    def _token(self, word):
         if word.isascii() or not self.byte_level:
             token = self.ids.get("Ġ" + word if self.byte_level else word)
             if token is not None and token not in self.special:
@@ -801,38 +510,27 @@ class Vocabulary:
     def candidate_words(self, word):
         """The word, then its substitutes in the table's order as far as their token differs from its own, at most
         max_candidates in all."""
-        others = [other for other in self.neighbors.get(word, ()) if self.tokens[other] != self.tokens[word]]
+        others = [other for other in self.neighbors.get(word, ()) if self.token(other) != self.token(word)]
         return [word, *others][: self.max_candidates]
 
-    def _candidates(self, word):
-        return tuple(self.tokens[other] for other in self.candidate_words(word))
-
-    def _row(self, word):
-        others = self.sets[word][1:]
-        if not others:
-            return 0
-        if self.used == len(self.subs):
-            self.subs = np.concatenate([self.subs, np.full_like(self.subs, self.pad)])
-            self.counts = np.concatenate([self.counts, np.zeros_like(self.counts)])
-        row, self.used = self.used, self.used + 1
-        self.subs[row, : len(others)] = others
-        self.counts[row] = len(others)
-        return row
+    def candidates(self, word):
+        """Tuple of the token ids of candidate_words(word)."""
+        return tuple(map(self.token, self.candidate_words(word)))
 
     def visible(self, words):
         """The words that fit into max_len: the first ones; of a pair the premise, then what fits of the hypothesis."""
         room = self.max_len - 1 - len(words)  # [CLS], and a [SEP] after each text
         kept = []
         for text in words:
-            kept.append(tuple(text[: max(room, 0)]))
-            room -= len(text)
+            kept.append(tuple(text[:room]))
+            room -= len(kept[-1])
         return tuple(kept)
 
     def input_ids(self, words):
         """[CLS] words [SEP] or [CLS] premise [SEP] hypothesis [SEP] -> list of token ids, at most max_len."""
         ids = [self.cls]
         for text in self.visible(words):
-            ids += [self.tokens[word] for word in text] + [self.sep]
+            ids += [*map(self.token, text), self.sep]
         return ids
 
     def substitute(self, words, choice):
@@ -850,49 +548,39 @@ class Vocabulary:
         position's own token; special tokens, padding, premises and words without substitutes have only that.
         """
         rows = [self.input_ids(words) for words in batch]
-        B, L = len(rows), max(map(len, rows))
-        ids = np.full((B, L), self.pad, dtype=np.int64)
-        attention = np.zeros((B, L), dtype=np.int64)
-        for b, row in enumerate(rows):
-            ids[b, : len(row)] = row
-            attention[b, : len(row)] = 1
-        out = {"input_ids": ids, "attention_mask": attention}
+        lengths = torch.tensor([len(row) for row in rows])
+        L = int(lengths.max())
+        ids = torch.tensor([row + [self.pad] * (L - len(row)) for row in rows])  # (B, L)
+        out = {"input_ids": ids, "attention_mask": (torch.arange(L) < lengths[:, None]).long()}
         if hull:
-            index = np.zeros((B, L), dtype=np.int64)  # which row of self.subs each position takes
+            sets = [(token,) for token in ids.flatten().tolist()]  # the candidates of all B * L positions
             for b, words in enumerate(batch):
                 last = self.visible(words)[-1]
-                end = len(rows[b]) - 1  # the last [SEP]
-                index[b, end - len(last) : end] = [self.rows[word] for word in last]
-            counts = self.counts[index]  # (B, L)
-            K = 1 + int(counts.max())
-            out["subs"] = np.concatenate([ids[..., None], self.subs[index, : K - 1]], axis=2)
-            out["subs_mask"] = np.arange(K) <= counts[..., None]
-        return {name: torch.from_numpy(array) for name, array in out.items()}
+                end = b * L + len(rows[b]) - 1  # the last [SEP]
+                sets[end - len(last) : end] = map(self.candidates, last)
+            counts = torch.tensor(list(map(len, sets))).reshape(*ids.shape, 1)
+            mask = torch.arange(int(counts.max())) < counts  # (B, L, K)
+            subs = torch.full(mask.shape, self.pad)
+            subs[mask] = torch.tensor([token for tokens in sets for token in tokens])
+            out |= {"subs": subs, "subs_mask": mask}
+        return out
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 5. Batches
-
-
+# ---------------------------------------------------------------------------------------------------- 5. Batches
 def balanced_batches(y, lengths, batch_size, rng, window=50):
     """One epoch of class-balanced batches -> list of int arrays of example numbers, sorted by class in each.
 
-    y, lengths: class and length of each example. batch_size: rounded down to a multiple of the number of classes C.
-    rng: numpy Generator. Every batch has the same number of each class and no example comes twice. The epoch ends
-    when the smallest class is used up (a last, smaller batch is kept if it has 2 of each); the surplus of larger
-    classes is drawn anew each epoch. Within a window of that many batches, examples of like length meet, which
-    saves padding; who shares a window is chance.
-    Raises InputError for fewer than 2 classes, or fewer than 2 examples of a class or of a class in a batch.
+    y, lengths: class and length of each example. batch_size: rounded down to a multiple of the number of classes.
+    rng: numpy Generator. No example comes twice. The epoch ends when the smallest class is used up (a last, smaller
+    batch is kept if it has 2 of each); the surplus of larger classes is drawn anew each epoch. Within a window of that
+    many batches, examples of like length meet, which saves padding. Raises InputError when that cannot be done.
     """
     y, lengths = np.asarray(y), np.asarray(lengths)
     classes, sizes = np.unique(y, return_counts=True)
     per = batch_size // max(len(classes), 1)  # of each class in a batch
-    if len(classes) < 2:
-        raise InputError(f"the examples are of {len(classes)} class, at least 2 are needed")
-    if sizes.min() < 2:
-        raise InputError(f"class {classes[sizes.argmin()]} has only {sizes.min()} example, at least 2 are needed")
-    if per < 2:
-        raise InputError(f"batch size {batch_size}: at least {2 * len(classes)} are needed, 2 of each class")
+    if len(classes) < 2 or min(sizes) < 2 or per < 2:
+        raise InputError(f"batches of {batch_size} from classes of {sizes.tolist()} examples: wanted "
+                         f"at least 2 classes and 2 examples of each in a batch")
     full, rest = divmod(int(sizes.min()), per)
     columns = []  # for each class its part of every batch
     for c in classes:

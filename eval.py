@@ -1,7 +1,7 @@
 """Attack finished runs, compare them, and draw the paper's figures.
 
     python eval.py runs/imdb/rift --attacks pwws genetic --num-examples 1000
-    python eval.py runs/toy/* --plot figures.png
+    python eval.py runs/imdb/* --plot figures.png
 
 In Python, a finished run is a function from texts to class probabilities:
 
@@ -12,15 +12,21 @@ In Python, a finished run is a function from texts to class probabilities:
 import argparse
 import dataclasses
 import functools
+import hashlib
+import io
 import json
 import math
+import shlex
 import sys
+import tempfile
 import textwrap
+import zipfile
+import zlib
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 import transformers
@@ -33,9 +39,10 @@ import rift
 from data import InputError
 
 ATTACKS = ("pwws", "genetic", "pwws-wordnet", "hull")
+# What a line of attacks.jsonl says of an example: its attacks.Result (only those that were right are attacked).
+LINE = [field.name for field in dataclasses.fields(attacks.Result) if field.name != "correct"]
 
-# ------------------------------------------------------------------------------------------------
-# Command lines: one clear line for bad input, exit code 2
+# ---- Command lines: one clear line for bad input (exit code 2) and for Ctrl-C (130) ---------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,15 +55,13 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low, high=math.inf, low_open=False):
     """A type for argparse: an int or float of at least (or, low_open, above) low and at most high."""
     def parse(text):
-        try:
+        with suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low < value if low_open else low <= value) or not value <= high or math.isinf(value):
-            upper = "" if math.isinf(high) else f" and at most {high:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} has to be {'an integer' if kind is int else 'a number'} "
-                                             f"{'above' if low_open else 'of at least'} {low:g}{upper}")
-        return value
+            if (low < value if low_open else low <= value) and value <= high and math.isfinite(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} has to be {'an integer' if kind is int else 'a number'} "
+                                         f"{'above' if low_open else 'of at least'} {low:g}"
+                                         f"{'' if math.isinf(high) else f' and at most {high:g}'}")
     return parse
 
 
@@ -64,15 +69,25 @@ positive = number(int, 1)
 
 
 def run_main(main):
-    """Decorates main(argv): an InputError becomes one line on standard error and exit code 2."""
+    """Decorates main(argv): an InputError becomes one line on standard error and exit code 2, Ctrl-C a line and 130."""
+    script = Path(main.__code__.co_filename).name
+
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
             return main(sys.argv[1:] if argv is None else argv)
         except InputError as error:
-            print(f"{Path(main.__code__.co_filename).name}: error: {error}", file=sys.stderr)
+            print(f"{script}: error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        except KeyboardInterrupt as stop:
+            print(f"\n{script}: stopped; {str(stop) or 'the same command starts again'}", file=sys.stderr)
+            raise SystemExit(130) from None
     return wrapped
+
+
+def first_line(error):
+    """What an exception of a library says, as part of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def pick_device(name):
@@ -82,7 +97,7 @@ def pick_device(name):
         torch.zeros(1, device=device)
         return device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"--device {name}: {first_line(error)}") from None
 
 
 def pick_precision(name, device):
@@ -97,27 +112,29 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-# ------------------------------------------------------------------------------------------------
-# Data and models
+# ---- Data and models ------------------------------------------------------------------------------
 
 
-def load_encoder(name_or_dir):
+def load_encoder(name_or_dir, complete=False):
     """A BERT or RoBERTa encoder and its tokenizer, from the hub or a folder: float32, safetensors, no remote code.
 
     Returns (encoder, tokenizer). Raises InputError where there is none, where it is of another kind, or where a
-    tensor is missing or of the wrong shape; only a pooler may be missing (RoBERTa's), it starts at random.
+    tensor is missing or of the wrong shape; unless `complete`, a pooler may be missing (RoBERTa's), it starts at
+    random.
     """
+    local = Path(name_or_dir).is_dir()
     try:
         encoder, info = AutoModel.from_pretrained(
             name_or_dir, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-            local_files_only=Path(name_or_dir).is_dir(), ignore_mismatched_sizes=True)
-        tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, safetensors.SafetensorError) as error:
+            local_files_only=local, ignore_mismatched_sizes=True)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=False, local_files_only=local)
+    except Exception as error:                  # a damaged or hostile folder makes the library raise all kinds
         raise InputError(f"model {name_or_dir}: cannot be loaded as a safetensors BERT or RoBERTa encoder: "
-                         f"{str(error).strip().splitlines()[0]}") from None
+                         f"{first_line(error)}") from None
     if encoder.config.model_type not in ("bert", "roberta"):
         raise InputError(f"model {name_or_dir}: is a {encoder.config.model_type}, it has to be a bert or a roberta")
-    lost = [k for k in info["missing_keys"] if not k.startswith("pooler.")] + [k for k, *_ in info["mismatched_keys"]]
+    lost = [key for key in info["missing_keys"] if complete or not key.startswith("pooler.")]
+    lost += [key for key, *_ in info["mismatched_keys"]]
     if lost:
         raise InputError(f"model {name_or_dir}: {len(lost)} tensors are missing or of the wrong shape, "
                          f"{sorted(lost)[0]} for one")
@@ -125,14 +142,14 @@ def load_encoder(name_or_dir):
 
 
 def open_task(s, data_dir=None):
-    """The data of a run's settings s, from data_dir or where the run found them. Returns a data.Task."""
-    return data.load_task(s["task"], data_dir or s["data_dir"], train_size=s["train_size"], dev_size=s["dev_size"],
-                          test_size=s["test_size"], split_seed=s["split_seed"])
+    """The data of a run's settings s, from data_dir or where the run found them: a data.Task. InputError as load_task."""
+    sizes = {key: s[key] for key in ("train_size", "dev_size", "test_size", "split_seed")}
+    return data.load_task(s["task"], data_dir or s["data_dir"], **sizes)
 
 
 def open_table(s, task, data_dir=None):
-    """The substitution table of a run's settings s, for a task's words."""
-    if task.name == "toy":
+    """The substitution table of a run's settings s, for a task's words; InputError as data.load_neighbors."""
+    if s["task"] == "toy" and not s["neighbors"]:
         return data.toy_neighbors()
     words = Counter(word for x in task.train for text in x.words for word in text)
     return data.load_neighbors(s["neighbors"], data_dir or s["data_dir"], words)
@@ -147,13 +164,23 @@ class Victim:
     """A trained classifier as a function from texts to class probabilities.
 
     victim(texts) -> (N, C) float32 array; a text is its words joined by single spaces, a pair is a tuple of two
-    such strings. model: a RIFT; vocabulary: a data.Vocabulary; the rest of a run rides along in `config`.
+    such strings. Raises ValueError for anything else. model: a RIFT; vocabulary: a data.Vocabulary; config: what
+    the run's config.json holds; parts: 1 where the model reads single texts, 2 for pairs, None for unchecked.
     """
 
-    def __init__(self, model, vocabulary, batch_size=64, precision="fp32", config=None):
+    def __init__(self, model, vocabulary, batch_size=64, precision="fp32", config=None, parts=None):
         self.model, self.vocabulary = model, vocabulary
-        self.batch_size, self.precision, self.config = batch_size, precision, config
+        self.batch_size, self.precision, self.config, self.parts = batch_size, precision, config, parts
         self.device = model.encoder.device
+
+    def words(self, text):
+        """A text, or a pair, as its words; ValueError if it is not what this model reads."""
+        strings = [text] if isinstance(text, str) else text
+        right = isinstance(strings, (list, tuple)) and all(isinstance(part, str) for part in strings)
+        if not right or len(strings) not in ([self.parts] if self.parts else [1, 2]):
+            reads = {None: "strings or pairs of strings", 1: "single texts, a string each", 2: "pairs, two strings each"}
+            raise ValueError(f"{text!r:.80} is not what the model reads: {reads[self.parts]}")
+        return data.from_text(text)
 
     def batches(self, texts, hull=False):
         """Yields (rows, encoded batch on the device), texts of similar length together. texts: lists of words."""
@@ -180,11 +207,13 @@ class Victim:
         return torch.softmax(self.model.head(S), -1).cpu().numpy()
 
     def __call__(self, texts):
-        return self.probabilities(self.features([data.from_text(text) for text in texts]))
+        if isinstance(texts, str):
+            raise ValueError(f"{texts!r:.80} is one text, not a list of texts: victim([text])")
+        return self.probabilities(self.features([self.words(text) for text in texts]))
 
     def key(self, text):
         """What the model sees of a text: its token ids, as bytes. Texts of one key have the same probabilities."""
-        return np.array(self.vocabulary.input_ids(data.from_text(text)), np.int32).tobytes()
+        return np.array(self.vocabulary.input_ids(self.words(text)), np.int32).tobytes()
 
 
 def load_run(folder, device=None, precision=None, batch_size=64):
@@ -193,17 +222,38 @@ def load_run(folder, device=None, precision=None, batch_size=64):
     Raises InputError for a folder that holds no finished run, or one whose files do not fit together.
     """
     folder, s = Path(folder), settings_of(folder)
-    if not (folder / "model.safetensors").exists():
-        raise InputError(f"{folder}: the run is not finished (no model.safetensors): go on with train.py --resume")
-    neighbors = data.load_neighbors("wordnet" if s["neighbors"] == "wordnet" else folder / "neighbors.json")
-    encoder, tokenizer = load_encoder(folder / "encoder")
-    config = read_json(folder / "config.json")
-    model = rift.RIFT(encoder, len(config["labels"]), s["pooling"], s["method"] == "rift-marginal").to(pick_device(device)).eval()
+    config, unfit = read_json(folder / "config.json"), "a file of another run"
+    if not (folder / "metrics.json").exists():
+        raise InputError(f"{folder}: the run is not finished (no metrics.json): go on with train.py --resume")
+    metrics = read_json(folder / "metrics.json")
+    for key in ("method", "seed"):
+        if metrics.get(key) != s[key]:
+            raise InputError(f"{folder}: config.json has {key} {s[key]}, metrics.json {metrics.get(key)}: {unfit}")
+    if s["neighbors"] == "wordnet":
+        there = s["data_dir"] and Path(s["data_dir"]).is_dir()                   # perhaps on another machine only
+        neighbors = data.load_neighbors("wordnet", s["data_dir"] if there else None)
+    else:
+        neighbors = data.load_neighbors(folder / "neighbors.json")
+    if not (folder / "encoder").is_dir():                                        # or its name would be sought on the hub
+        raise InputError(f"{folder / 'encoder'}: no such folder")
+    encoder, tokenizer = load_encoder(folder / "encoder", complete=True)
+    if s["max_len"] > longest_input(encoder):
+        raise InputError(f"{folder}: config.json has max_len {s['max_len']}, the encoder positions for "
+                         f"{longest_input(encoder)} tokens: {unfit}")
+    model = rift.RIFT(encoder, len(config["labels"]), s["pooling"], s["method"] == "rift-marginal")
     own = {name: p for name, p in model.named_parameters() if not name.startswith(("encoder.", "teacher."))}
     take_tensors(own, load_tensors(folder / "model.safetensors")[0], folder / "model.safetensors")
+    model = model.to(pick_device(device)).eval()
     vocabulary = data.Vocabulary(tokenizer, s["max_len"], neighbors, s["unknown_words"], s["candidates"])
-    return Victim(model, vocabulary, batch_size,
-                  pick_precision(precision or s["precision"], model.encoder.device), config)
+    return Victim(model, vocabulary, batch_size, pick_precision(precision or s["precision"], model.encoder.device), config,
+                  parts_of(s["task"]))
+
+
+def parts_of(task):
+    """1 if a task's examples are single texts, 2 if they are pairs, None for a folder that is not on this machine."""
+    with suppress(OSError, ValueError):
+        known = {"toy": 1, "imdb": 1, "snli": 2}.get(task)
+        return known or (Path(task) / "train.tsv").read_text(encoding="utf-8").partition("\n")[0].count("\t")
 
 
 def read_json(path):
@@ -219,19 +269,46 @@ def read_json(path):
     return content
 
 
+# What is used of a run's config.json, and of which type it has to be.
+SETTINGS = ({"labels": list, "fingerprints": dict}
+            | dict.fromkeys(("task", "method", "pooling", "unknown_words", "precision"), str)
+            | dict.fromkeys(("seed", "split_seed", "max_len", "candidates", "adv_steps"), int)
+            | dict.fromkeys(("alpha", "beta", "adv_lr", "adv_weight_decay", "sparsity"), (int, float))
+            | dict.fromkeys(("data_dir", "neighbors"), (str, type(None)))
+            | dict.fromkeys(("train_size", "dev_size", "test_size"), (int, type(None))))
+
+
 def settings_of(folder):
-    """A run's settings, from its config.json; InputError where they are not all there."""
-    config = read_json(Path(folder) / "config.json")
-    try:
-        s = config["settings"]
-        for key in ("task", "method", "seed", "max_len", "pooling", "neighbors", "unknown_words", "candidates", "precision",
-                    "data_dir", "train_size", "dev_size", "test_size", "split_seed", "alpha", "beta"):
-            s[key]
-        if not isinstance(config["labels"], list) or not isinstance(config["fingerprints"], dict):
-            raise KeyError("labels or fingerprints")
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{Path(folder) / 'config.json'}: lacks {error}: it has to be as train.py wrote it") from None
+    """A run's settings, from its config.json; InputError where they, or the rest of it, are not all there."""
+    path = Path(folder) / "config.json"
+    config = read_json(path)
+    s = config.get("settings")
+    there = config | s if isinstance(s, dict) else {}
+    for key, kind in SETTINGS.items():
+        if key not in there or not isinstance(there[key], kind):
+            raise InputError(f"{path}: has {key} {there.get(key)!r}: it has to be as train.py wrote it")
     return s
+
+
+def write_json(path, content):
+    """Writes a JSON-able object, atomically; InputError if it can't."""
+    data.write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_lines(path, keys):
+    """The objects of a .jsonl file, [] if there is none. A last line that was cut off when its writer was killed is
+    left out; InputError for any other line that is not JSON, or lacks one of the keys."""
+    lines = Path(path).read_bytes().split(b"\n") if Path(path).exists() else []
+    objects = []
+    for n, line in enumerate(lines, 1):
+        try:
+            objects.append(json.loads(line))
+            if not all(key in objects[-1] for key in keys):
+                raise ValueError
+        except (ValueError, TypeError):
+            if n < len(lines):
+                raise InputError(f"{path}, line {n}: {line[:60]!r} is not a JSON object with {', '.join(keys)}") from None
+    return objects
 
 
 def save_tensors(path, tensors, rest=None):
@@ -260,24 +337,29 @@ def take_tensors(parameters, tensors, path):
             parameter.copy_(tensors[name])
 
 
-# ------------------------------------------------------------------------------------------------
-# Accuracy: clean, on the hull, under attack
+# ---- Accuracy: clean, on the hull, and how certain it is ------------------------------------------
 
 
 def hull_attack(victim, examples, *, steps=10, lr=1.0, weight_decay=2e-5, sparsity=15.0, seed=0, progress=False):
     """The quick robust accuracy: the training adversary, maximising cross-entropy, at its discrete texts (section 2).
 
-    examples: data.Example. Returns (predictions (N,) int64 on the adversarial texts, those texts as words).
+    examples: N data.Example; each starts from its own noise, seeded with (seed, its place among them), so that
+    nothing depends on the batch size. Returns (predictions (N,) int64 on the adversarial texts, those texts as words).
     """
     vocabulary, model = victim.vocabulary, victim.model
     texts = [vocabulary.visible(x.words) for x in examples]
-    y = torch.tensor([x.y for x in examples], device=victim.device)
-    generator = torch.Generator().manual_seed(seed)
+    y = torch.tensor([x.y for x in examples], dtype=torch.int64, device=victim.device)
+    shape = torch.empty(vocabulary.max_len, vocabulary.max_candidates)
+
+    def start(i):
+        state = int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
+        return rift.noise(shape, vocabulary.max_len, torch.Generator().manual_seed(state))
+
     adversarial = [None] * len(texts)
-    bar = tqdm(victim.batches(texts, hull=True), "hull", math.ceil(len(texts) / victim.batch_size), disable=not progress,
-               leave=False)
-    for rows, batch in bar:
-        v = rift.noise(batch["subs"], vocabulary.max_len, generator)
+    for rows, batch in tqdm(victim.batches(texts, hull=True), "hull", math.ceil(len(texts) / victim.batch_size),
+                            disable=not progress, leave=False):
+        B, L, K = batch["subs"].shape
+        v = torch.stack([start(i) for i in rows])[:, :L, :K].to(victim.device)
         with autocast(victim.device, victim.precision):
             w = rift.adversary(model.encoder, model.head, **batch, v=v, y=y[rows], pooling=model.pooling, steps=steps,
                                lr=lr, weight_decay=weight_decay, sparsity=sparsity)
@@ -308,169 +390,197 @@ def paired_bootstrap(a, b, draws=10_000, seed=0):
     return d.mean(), *np.quantile(means, [0.025, 0.975])
 
 
-# ------------------------------------------------------------------------------------------------
-# Attacking a run
+# ---- Attacking a run ------------------------------------------------------------------------------
 
 
-def choose(task, split, num_examples, seed, known=None):
-    """The examples that every run and every attack of a comparison shares: the first of a seeded shuffle.
-
-    known: bool for each example, whether it may be chosen (the score file has it). Returns indices into the split.
-    """
-    order = np.random.default_rng(seed).permutation(len(getattr(task, split)))
-    return [int(i) for i in order if known is None or known[i]][:num_examples]
-
-
-def attack_settings(name, args, victim, fingerprint):
-    """Everything that the outcome of an attack depends on beside the run itself, JSON-able."""
-    s = victim.config["settings"]
-    table = "wordnet" if name == "pwws-wordnet" else data.table_fingerprint(victim.vocabulary.neighbors)
-    settings = {"split": args.split, "num_examples": args.num_examples, "seed": args.seed, "data": fingerprint,
-                "neighbors": table, "precision": victim.precision}
-    if name == "genetic":
-        settings |= {"population": args.population, "generations": args.generations, "lm_constraint": args.lm_constraint}
-    if name == "hull":
-        settings |= {k: s[k] for k in ("adv_steps", "adv_lr", "adv_weight_decay", "sparsity")}
-    return settings
+@dataclasses.dataclass
+class Plan:
+    """What the runs on one data set share: the texts to attack, and what the attacks may put there."""
+    task: data.Task
+    examples: list      # of the split
+    chosen: list        # N indices into it, the same for every run and attack: the first of a seeded shuffle
+    settings: dict      # what the choice depends on
+    wordnet: object     # the table of pwws-wordnet
+    lm: str             # the genetic attack's language-model constraint: none, scores or the name of a model
+    allowed: object     # that constraint: (index, words, synonyms) -> synonyms
 
 
-def run_attack(name, victim, chosen, examples, args, allowed=None):
-    """Yields the attacks.Result of each chosen example. allowed: the language-model constraint, (index, words,
-    synonyms) -> synonyms."""
-    visible = {i: victim.vocabulary.visible(examples[i].words) for i in chosen}
-    if name == "hull":
-        s = victim.config["settings"]
-        some = [examples[i] for i in chosen]
-        clean = victim([data.to_text(visible[i]) for i in chosen]).argmax(-1)
-        predictions, adversarial = hull_attack(victim, some, steps=s["adv_steps"], lr=s["adv_lr"], progress=True,
-                                               weight_decay=s["adv_weight_decay"], sparsity=s["sparsity"], seed=args.seed)
-        for i, before, after, words in zip(chosen, clean, predictions, adversarial):
-            changed = sum(a != b for a, b in zip(visible[i][-1], words[-1]))
-            y = examples[i].y
-            yield attacks.Result(i, name, y, data.to_text(visible[i]), data.to_text(words), bool(before == y != after),
-                                 int(after), changed, s["adv_steps"] + 1, bool(before == y))
+def make_plan(s, args):
+    """The Plan for all runs whose settings name the same data as s. Raises InputError where something is missing."""
+    data_dir, genetic = args.data_dir or s["data_dir"], "genetic" in args.attacks
+    task = open_task(s, args.data_dir)
+    examples = getattr(task, args.split)
+    wordnet = data.load_neighbors("wordnet", data_dir) if "pwws-wordnet" in args.attacks else None
+    source = args.lm_constraint or ("scores" if s["task"] in ("imdb", "snli") and genetic else "none")
+    known, drawn_from, allowed = set(range(len(examples))), "all texts", lambda index, words, synonyms: synonyms
+    if source == "scores":
+        sentences = [" ".join(x.words[-1]) for x in examples]
+        scores = read_scores(task.name, data_dir, set(sentences))
+        known = {i for i, sentence in enumerate(sentences) if sentence in scores}
+        content = json.dumps([scores.get(sentence) for sentence in sentences])
+        drawn_from = f"score file {hashlib.sha256(content.encode()).hexdigest()}"
+        print(f"The score file knows {len(known):,} of the {len(examples):,} {args.split} texts; N are drawn from these.")
+        allowed = lambda index, words, synonyms: attacks.scores_constraint(words, synonyms, scores[sentences[index]])
+    elif source != "none" and genetic:
+        try:
+            model = attacks.CausalLM(source, pick_device(args.device))
+        except Exception as error:              # as for encoders
+            raise InputError(f"--lm-constraint {source}: is neither none, scores nor a causal language model with "
+                             f"safetensors weights: {first_line(error)}") from None
+        allowed = lambda index, words, synonyms: attacks.lm_constraint(words, synonyms, model)
+    order = np.random.default_rng(args.seed).permutation(len(examples)).tolist()
+    chosen = [i for i in order if i in known][:args.num_examples]
+    if not chosen:
+        raise InputError(f"the score file knows no {args.split} text; --lm-constraint none attacks without it")
+    if len(chosen) < args.num_examples:
+        print(f"There are only {len(chosen):,} such {args.split} texts: N is {len(chosen)}, not {args.num_examples}.")
+    settings = {"split": args.split, "num_examples": len(chosen), "seed": args.seed, "data": task.fingerprint,
+                "drawn_from": drawn_from}
+    return Plan(task, examples, chosen, settings, wordnet, source, allowed)
+
+
+def read_scores(task_name, data_dir, sentences):
+    """The published language-model scores of a task's sentences, as attacks.read_lm_scores returns them; InputError."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = data.locate("scores", data_dir)
+            if path.suffix == ".zip":
+                with zipfile.ZipFile(path) as archive:
+                    archive.extractall(folder)                                   # never outside of it
+                path = Path(folder)
+            files = [path] if path.is_file() else sorted(path.rglob("[!.]*.txt"))
+            if len(files) > 1:                                                   # the archive has a file a task
+                files = [file for file in files if task_name in file.name]
+            if len(files) != 1:
+                raise InputError(f"{path}: holds {len(files)} .txt files of {task_name}'s scores, wanted one")
+            return attacks.read_lm_scores(files[0], sentences)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"language-model scores: {first_line(error)}; --lm-constraint none attacks without them") from None
+
+
+def run_attack(name, method, table, victim, plan, texts, pending, args):
+    """Yields the attacks.Result of each pending example as it is finished. texts: {index: text} of all chosen ones."""
+    y, wanted = {i: plan.examples[i].y for i in texts}, set(pending)
+    if name == "hull":              # quick, and all at once: where one is pending all are attacked, in the same batches
+        predictions, adversarial = method(victim, [plan.examples[i] for i in texts], seed=args.seed, progress=True)
+        for i, prediction, words in zip(texts, predictions.tolist(), adversarial):
+            if i in wanted:
+                changed = sum(a != b for a, b in zip(data.from_text(texts[i])[-1], words[-1]))
+                yield attacks.Result(i, name, y[i], texts[i], data.to_text(words), prediction != y[i], prediction, changed,
+                                     queries=method.keywords["steps"] + 1, correct=True)
         return
-    table = data.load_neighbors("wordnet", args.data_dir) if name == "pwws-wordnet" else victim.vocabulary.neighbors
 
     def synonyms(index, words):
         lists = [table.get(word, []) for word in words]
-        return allowed(index, words, lists) if allowed and name == "genetic" else lists
+        return plan.allowed(index, words, lists) if name == "genetic" else lists
 
-    method = (functools.partial(attacks.genetic, population=args.population, generations=args.generations)
-              if name == "genetic" else attacks.pwws)
-    texts = [(i, data.to_text(visible[i]), examples[i].y) for i in chosen]
-    yield from attacks.attack(victim, texts, method, synonyms, seed=args.seed, batch_size=args.batch_size, name=name)
+    yield from attacks.attack(victim, [(i, texts[i], y[i]) for i in pending], method, synonyms, seed=args.seed,
+                              batch_size=args.batch_size, name=name)
 
 
-def language_model_constraint(args, task):
-    """(known, allowed): which examples of the split the score file has (None: all may be attacked), and the filter
-    of the genetic attack's synonyms, (index, words, synonyms) -> synonyms (None: no constraint)."""
-    if args.lm_constraint == "none" or "genetic" not in args.attacks:
-        return None, None
-    if args.lm_constraint != "scores":
-        try:
-            language_model = attacks.CausalLM(args.lm_constraint, pick_device(args.device))
-        except (OSError, ValueError) as error:
-            raise InputError(f"--lm-constraint {args.lm_constraint}: {str(error).splitlines()[0]}") from None
-        return None, lambda index, words, synonyms: attacks.lm_constraint(words, synonyms, language_model)
-    sentences = [" ".join(x.words[-1]) for x in getattr(task, args.split)]
-    try:
-        scores = attacks.read_lm_scores(data.locate("scores", args.data_dir), set(sentences))
-    except ValueError as error:
-        raise InputError(f"{error}; --lm-constraint none attacks without a language model") from None
-    known = [sentence in scores for sentence in sentences]
-    print(f"The score file knows {sum(known):,} of the {len(known):,} {args.split} texts; examples are drawn from these.")
-    return known, lambda index, words, synonyms: attacks.scores_constraint(words, synonyms, scores[sentences[index]])
+def evaluate(folder, victim, plan, args):
+    """Clean accuracy and every attack asked for on the chosen examples of one run; writes eval.json, attacks.jsonl
+    and, for test, the attacks' figures into metrics.json.
 
-
-def evaluate(folder, victim, task, chosen, allowed, args):
-    """Clean accuracy and every attack asked for on the chosen examples of one run; writes eval.json, attacks.jsonl.
-
-    What attacks.jsonl already holds of the same settings is not attacked again; InputError if its settings differ.
-    Returns {"clean": (N,) bool, attack: {"robust": (N,) bool, "lines": [dict]}}.
+    What attacks.jsonl already holds of the same settings is not attacked again. Raises InputError if its settings
+    differ, and ValueError if the victim's probabilities are none.
+    Returns {"name", "labels", "clean": (N,) bool, attack: {"robust": (N,) bool, "lines": [dict], "settings"}}.
     """
     suffix = "" if args.split == "test" else f"-{args.split}"
     eval_path, lines_path = folder / f"eval{suffix}.json", folder / f"attacks{suffix}.jsonl"
-    before = read_json(eval_path) if eval_path.exists() and not args.overwrite else {}
-    settings = dict(before.get("settings", {}))
-    lines = read_lines(lines_path) if before else []
+    tables = {name: plan.wordnet if name == "pwws-wordnet" else victim.vocabulary.neighbors for name in args.attacks}
+    s, pwws = victim.config["settings"], functools.partial(attacks.pwws, unknown="NULL")
+    methods = {"pwws": pwws, "pwws-wordnet": pwws,                               # with their own settings bound
+               "genetic": functools.partial(attacks.genetic, population=args.population, generations=args.generations),
+               "hull": functools.partial(hull_attack, steps=s["adv_steps"], lr=s["adv_lr"],
+                                         weight_decay=s["adv_weight_decay"], sparsity=s["sparsity"])}
+    settings = {"clean": plan.settings | {"precision": victim.precision}}
     for name in args.attacks:
-        now = attack_settings(name, args, victim, task.fingerprint)
-        for key, value in settings.get(name, now).items():
-            if now.get(key) != value:
-                raise InputError(f"{lines_path}: holds {name} with {key} {value}, not {now.get(key)}; the same settings go "
-                                 "on from there, --overwrite starts anew")
-        settings[name] = now
-    results = {k: v for k, v in before.items() if k not in ("settings", "num_examples")}
-    write = functools.partial(write_json, eval_path)
-    write(results | {"num_examples": len(chosen), "settings": settings})
-    data.write_atomically(lines_path, "".join(json.dumps(line) + "\n" for line in lines))
+        settings[name] = settings["clean"] | methods[name].keywords | {"neighbors": data.table_fingerprint(tables[name])}
+        if name == "genetic":
+            settings[name]["lm_constraint"] = plan.lm
+    before, done = ({}, {}) if args.overwrite else earlier(eval_path, lines_path, settings)
+    record = before | {"num_examples": len(plan.chosen), "settings": before.get("settings", {}) | settings}
 
-    examples = getattr(task, args.split)
-    visible = [data.to_text(victim.vocabulary.visible(examples[i].words)) for i in chosen]
-    clean = np.array([p == examples[i].y for p, i in zip(victim(visible).argmax(-1), chosen)])
-    found = {"clean": clean}
-    results["clean"] = float(clean.mean())
-    with open(lines_path, "a", encoding="utf-8") as file:
-        for name in args.attacks:
-            done = {line["index"]: line for line in lines if line["attack"] == name}
-            pending = [i for i, correct in zip(chosen, clean) if correct and i not in done]
-            for result in run_attack(name, victim, pending, examples, args, allowed):
-                line = done[result.index] = dataclasses.asdict(result)
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-            robust = np.array([c and not done[i]["success"] for c, i in zip(clean, chosen)])
-            found[name] = {"robust": robust, "lines": [done[i] for i in chosen if i in done]}
-            results[name] = float(robust.mean())
-    write(results | {"num_examples": len(chosen), "settings": settings})
-    if args.split == "test":
-        metrics = read_json(folder / "metrics.json")
-        write_json(folder / "metrics.json", metrics | {name: results[name] for name in args.attacks if name != "hull"})
+    def save():                     # lines in one order, however often interrupted; then what vouches for them
+        kept = [done[name][i] for name in ATTACKS if name in done for i in plan.chosen if i in done[name]]
+        data.write_atomically(lines_path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_json(eval_path, record)
+
+    texts = {i: data.to_text(victim.vocabulary.visible(plan.examples[i].words)) for i in plan.chosen}
+    P = attacks.check_probabilities(victim(texts.values()), len(texts))          # (N, C)
+    clean = P.argmax(1) == [plan.examples[i].y for i in texts]
+    attacked = [i for i, correct in zip(texts, clean) if correct]
+    record["clean"] = float(clean.mean())
+    found = {"name": str(folder), "labels": plan.task.labels, "clean": clean}
+    save()
+    for name in args.attacks:
+        lines = done.setdefault(name, {})
+        if pending := [i for i in attacked if i not in lines]:
+            with open(lines_path, "a", encoding="utf-8") as file:
+                for result in run_attack(name, methods[name], tables[name], victim, plan, texts, pending, args):
+                    lines[result.index] = {key: getattr(result, key) for key in LINE}
+                    file.write(json.dumps(lines[result.index]) + "\n")
+                    file.flush()
+        survived = {i for i in attacked if lines[i]["prediction"] == lines[i]["label"]}
+        robust = np.array([i in survived for i in texts])
+        found[name] = {"robust": robust, "lines": [lines[i] for i in attacked], "settings": settings[name]}
+        record[name] = float(robust.mean())
+        save()
+    if args.split == "test":        # its "hull" stays what training measured on the whole test set
+        metrics = {key: value for key, value in read_json(folder / "metrics.json").items() if key not in ATTACKS[:3]}
+        write_json(folder / "metrics.json", metrics | {name: record[name] for name in ATTACKS[:3] if name in record})
     return found
 
 
-def write_json(path, content):
-    """Writes a JSON-able object, atomically."""
-    data.write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+def earlier(eval_path, lines_path, settings):
+    """What an earlier evaluation left: (eval.json's content, {attack: {index: line}}). InputError if its settings
+    differ from those given as {"clean": .., attack: ..}: accuracies on different terms must not stand side by side."""
+    if not eval_path.exists():
+        if lines_path.exists():
+            raise InputError(f"{lines_path}: there is no {eval_path.name} to say what it holds; --overwrite starts anew")
+        return {}, {}
+    before, done = read_json(eval_path), {}
+    kept = before.get("settings")
+    if not isinstance(kept, dict) or not all(isinstance(then, dict) for then in kept.values()):
+        raise InputError(f"{eval_path}: has no settings, as eval.py writes them; --overwrite starts anew")
+    for name, then in kept.items():
+        now = settings.get(name, settings["clean"])                              # of another attack, what all share
+        for key in now | then if name in settings else now:
+            if then.get(key) != now.get(key):
+                raise InputError(f"{eval_path}: holds {name} with {key} {str(then.get(key))[:40]}, not "
+                                 f"{str(now.get(key))[:40]}; the same settings go on from there, --overwrite starts anew")
+    for line in read_lines(lines_path, LINE):
+        done.setdefault(line["attack"], {})[line["index"]] = line
+    return before, done
 
 
-def read_lines(path):
-    """The objects of a .jsonl file. A last line that was cut off when its writer was killed is left out."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
-    objects = []
-    for number, line in enumerate(lines, 1):
-        try:
-            objects.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise InputError(f"{path}, line {number}: {line[:60]!r} is not JSON; --overwrite starts anew") from None
-    return objects
+# ---- What is printed ------------------------------------------------------------------------------
+
+HEADS = {"pwws": "pwws (unknown word {unknown})", "pwws-wordnet": "pwws-wordnet (unknown word {unknown})",
+         "genetic": "genetic ({population} x {generations}, lm {lm_constraint})", "hull": "hull ({steps} steps)"}
 
 
-# ------------------------------------------------------------------------------------------------
-# What is printed
+def comparison_table(found, names):
+    """The table: a row a run; N, accuracy clean and under each attack, words changed, queries. found: what evaluate
+    returned of each run; names: of the attacks. Returns lines of text."""
+    def share(correct):
+        low, high = wilson(correct.sum(), len(correct))
+        return f"{correct.mean():.3f} [{low:.3f}, {high:.3f}]"
 
-
-def comparison_table(names, found, args):
-    """The table: a row a run, clean and robust accuracy with 95% Wilson intervals, words changed, queries."""
-    heads = {"clean": "clean"} | {a: a for a in args.attacks}
-    if "genetic" in heads:
-        heads["genetic"] = f"genetic ({args.population}x{args.generations}, lm {args.lm_constraint})"
-    rows = [["run", *heads.values()]]
-    for name, results in zip(names, found):
-        row = [name]
-        for column in heads:
-            robust = results["clean"] if column == "clean" else results[column]["robust"]
-            low, high = wilson(robust.sum(), len(robust))
-            row.append(f"{robust.mean():.3f} [{low:.3f}, {high:.3f}]")
-            lines = [] if column == "clean" else results[column]["lines"]
-            if lines:
-                fooled = [line for line in lines if line["success"]]
-                share = np.mean([x["words_changed"] / len(data.from_text(x["original"])[-1]) for x in fooled]) if fooled else 0
-                row[-1] += f"  {share:.0%} words, {np.mean([x['queries'] for x in lines]):.0f} queries"
-        rows.append(row)
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    rows = [["run", "N", "clean"]]
+    for name in names:
+        heads = dict.fromkeys(HEADS[name].format(**run[name]["settings"]) for run in found)
+        rows[0] += [" / ".join(heads), "words", "queries"]
+    for run in found:
+        rows.append([run["name"], str(len(run["clean"])), share(run["clean"])])
+        for name in names:
+            lines = run[name]["lines"]
+            changed = [x["words_changed"] / len(data.from_text(x["original"])[-1]) for x in lines if x["success"]]
+            rows[-1] += [share(run[name]["robust"]), f"{np.mean(changed):.1%}" if changed else "-",
+                         f"{np.mean([x['queries'] for x in lines]):.0f}" if lines else "-"]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
 def marked(original, adversarial, colour):
@@ -481,181 +591,200 @@ def marked(original, adversarial, colour):
     return " ".join(b if a == b else form.format(a, b) for a, b in zip(words(original), words(adversarial)))
 
 
-def report(names, found, args, labels):
-    """Prints the table, the paired differences to the first run, and some adversarial examples."""
-    print(f"\n{args.split}, N = {len(found[0]['clean'])}: accuracy with its 95% interval; share of words changed where the "
-          "attack succeeded; queries an attacked example")
-    print(comparison_table(names, found, args))
-    for name, results in list(zip(names, found))[1:]:
-        for column in ["clean", *args.attacks]:
-            a, b = (r["clean"] if column == "clean" else r[column]["robust"] for r in (results, found[0]))
-            difference, low, high = paired_bootstrap(a, b)
-            print(f"{name} - {names[0]}, {column}: {difference:+.3f} [{low:+.3f}, {high:+.3f}] (paired, bootstrap)")
-    for name, results in zip(names, found):
-        for attack in args.attacks:
-            for line in [line for line in results[attack]["lines"] if line["success"]][:args.show]:
-                print(f"\n{name}, {attack}: {labels[line['label']]} -> {labels[line['prediction']]}")
+def report(groups, args):
+    """Prints the table, the paired differences to the first run on the same data, and some adversarial examples.
+
+    groups: a list for each data set, of what evaluate returned of its runs.
+    """
+    found = [run for group in groups for run in group]
+    print(f"\nAccuracy on N {args.split} texts (seed {args.seed}) with its 95% Wilson interval; words: mean share of the "
+          "words changed where\nthe attack succeeded; queries: mean number of texts asked, an attacked example\n")
+    print("\n".join(comparison_table(found, args.attacks)))
+    for first, *others in groups:
+        for run in others:
+            print(f"\n{run['name']} minus {first['name']}, on the same texts, with the 95% bootstrap interval:")
+            for name in ("clean", *args.attacks):
+                a, b = (r["clean"] if name == "clean" else r[name]["robust"] for r in (run, first))
+                print("  {}: {:+.3f} [{:+.3f}, {:+.3f}]".format(name, *paired_bootstrap(a, b)))
+    for run in found:
+        for name in args.attacks:
+            for line in [line for line in run[name]["lines"] if line["success"]][:args.show]:
+                print(f"\n{run['name']}, {name}: {run['labels'][line['label']]} -> {run['labels'][line['prediction']]}")
                 print(textwrap.fill(marked(line["original"], line["adversarial"], sys.stdout.isatty()), 110,
                                     initial_indent="  ", subsequent_indent="  "))
 
 
-# ------------------------------------------------------------------------------------------------
-# Figures
+# ---- Figures (section 6). Colours of Okabe and Ito, and a marker each: they differ in print and to every eye. ----
+
+STYLES = {"clean": ("black", "o"), "robust": ("#D55E00", "s"), "standard": ("black", "o"), "adv": ("#0072B2", "s"),
+          "adv-ptwd": ("#009E73", "D"), "adv-mixout": ("#CC79A7", "P"), "rift-marginal": ("#E69F00", "v"),
+          "rift": ("#D55E00", "^")}
 
 
-def finished(folder):
-    """What a finished run says of itself: {"settings", "log": [an object an epoch], "metrics"}."""
-    return {"settings": settings_of(folder),
-            "log": read_lines(folder / "log.jsonl"), "metrics": read_json(folder / "metrics.json")}
+def means(rows, by, name):
+    """The mean of rows[..][name] for each value of rows[..][by], with the range over seeds; a single run's accuracy on
+    num_examples texts has its Wilson interval. Returns values (V,), means (V,), errors (2, V) for matplotlib's errorbar."""
+    values, points = sorted({row[by] for row in rows}), []
+    for value in values:
+        same = [row for row in rows if row[by] == value]
+        figures, n = [row[name] for row in same], same[0].get("num_examples")
+        wilsons = len(same) == 1 and n and name in ("clean", *ATTACKS)
+        points.append((np.mean(figures), *(wilson(figures[0] * n, n) if wilsons else (min(figures), max(figures)))))
+    mean, low, high = np.array(points).T
+    return values, mean, np.maximum([mean - low, high - mean], 0)                # not -1e-17
 
 
-def mean_interval(values):
-    """Mean of n values and the half width of its 95% interval (Student's t over runs; 0 for one run)."""
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-    n = len(values)
-    return np.mean(values), (t.get(n, 1.96) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else 0.0)
+def plot(folders, path, attack=None):
+    """Draws what the runs vary: accuracy over alpha (adv: 0), clean against robust accuracy over beta, or else
+    forgetting per epoch. attack: whose robust accuracy (None: the first of genetic, pwws, .. that every run has).
 
-
-def plot(folders, path, attack):
-    """Draws what the runs vary: accuracy over alpha, the trade-off over beta, and forgetting per epoch (section 6).
-
-    attack: whose robust accuracy is drawn. Raises InputError where matplotlib is not installed or nothing varies.
+    Raises InputError where matplotlib is not installed, cannot write such a file, or a run lacks what is drawn.
     """
     try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
     except ImportError:
         raise InputError("--plot needs matplotlib: pip install matplotlib") from None
-    runs = [finished(folder) for folder in folders]
+    metrics = {folder: read_json(folder / "metrics.json") for folder in folders}
+    attack = attack or next((a for a in ("genetic", *ATTACKS) if all(a in m for m in metrics.values())), "hull")
+    runs, epochs = [], []
+    for folder, scores in metrics.items():
+        s = settings_of(folder)
+        if (folder / "eval.json").exists() and attack in read_json(folder / "eval.json"):
+            scores = read_json(folder / "eval.json")                             # clean and robust of the same texts
+        if not {"clean", attack} <= scores.keys():
+            raise InputError(f"--plot: {folder} has not been attacked: run eval.py {folder} --attacks {attack} first")
+        runs.append(s | scores | {"alpha": s["alpha"] if s["method"] == "rift" else 0.0, "task": Path(s["task"]).name})
+        epochs += [runs[-1] | line | {"epoch": line["epoch"] + 1}
+                   for line in read_lines(folder / "log.jsonl", ["epoch", "params_l2", "cka"])]
+    if len({run["task"] for run in runs}) > 1 or not epochs:
+        raise InputError("--plot: the runs are of several tasks, or their log.jsonl are empty")
 
-    def group(chosen, *keys):
-        groups = {}
-        for run in chosen:
-            groups.setdefault(tuple(run["settings"][k] for k in keys), []).append(run)
-        return dict(sorted(groups.items()))
+    def of(rows, *methods):
+        return [row for row in rows if row["method"] in methods]
 
-    def score(group_runs, key):
-        if missing := [run for run in group_runs if key not in run["metrics"]]:
-            s = missing[0]["settings"]
-            raise InputError(f"--plot: the {s['method']} run of seed {s['seed']} has no {key} in metrics.json: attack it first")
-        return mean_interval([run["metrics"][key] for run in group_runs])
+    def curve(ax, look, label, x, y, y_error, x_error=None):
+        colour, marker = STYLES.get(look, STYLES["clean"])
+        ax.errorbar(x, y, y_error, x_error, color=colour, marker=marker, capsize=3, lw=1.2, ms=5, label=label)
 
     def over_alpha(ax):
-        groups = group([r for r in runs if r["settings"]["method"] == "rift"], "alpha")
-        groups = group([r for r in runs if r["settings"]["method"] == "adv"], "method") and {
-            (0.0,): [r for r in runs if r["settings"]["method"] == "adv"]} | groups or groups
-        for key, label in (("clean", "clean"), (attack, f"under {attack}")):
-            y, error = zip(*(score(g, key) for g in groups.values()))
-            ax.errorbar(range(len(groups)), y, error, marker="o", capsize=3, label=label)
-        ax.set_xticks(range(len(groups)), [f"{a:g}" for a, in groups])
+        curve(ax, "clean", "clean", *means(of(runs, "adv", "rift"), "alpha", "clean"))
+        curve(ax, "robust", attack, *means(of(runs, "adv", "rift"), "alpha", attack))
         ax.set(xlabel="alpha, weight of L_info (0: adv)", ylabel="accuracy (share of texts)")
-        ax.legend()
 
     def trade_off(ax):
-        for method in ("adv", "rift"):
-            groups = group([r for r in runs if r["settings"]["method"] == method], "beta")
-            if groups:
-                x, xe = zip(*(score(g, attack) for g in groups.values()))
-                y, ye = zip(*(score(g, "clean") for g in groups.values()))
-                ax.errorbar(x, y, ye, xe, marker="o", capsize=3, label=method)
-                for (beta,), a, b in zip(groups, x, y):
-                    ax.annotate(f"beta {beta:g}", (a, b), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        for method in sorted({run["method"] for run in of(runs, "adv", "rift")}):
+            betas, x, x_error = means(of(runs, method), "beta", attack)
+            _, y, y_error = means(of(runs, method), "beta", "clean")
+            curve(ax, method, method, x, y, y_error, x_error)
+            for beta, *at in zip(betas, x, y):
+                ax.annotate(f"beta {beta:g}", at, textcoords="offset points", xytext=(5, 5), fontsize=7)
         ax.set(xlabel=f"accuracy under {attack} (share of texts)", ylabel="clean accuracy (share of texts)")
-        ax.legend()
 
-    def forgetting(quantity, label):
-        def draw(ax):
-            for (method,), group_runs in group(runs, "method").items():
-                epochs = min(len(run["log"]) for run in group_runs)
-                y, error = zip(*(mean_interval([run["log"][e][quantity] for run in group_runs]) for e in range(epochs)))
-                ax.errorbar(range(1, epochs + 1), y, error, marker="o", capsize=3, label=method)
-            ax.set(xlabel="epoch", ylabel=label)
-            ax.legend()
-        return draw
+    def forgetting(ax, name, label):
+        for method in sorted({run["method"] for run in runs}):
+            curve(ax, method, method, *means(of(epochs, method), "epoch", name))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set(xlabel="epoch", ylabel=label)
 
-    def varies(key, methods):
-        return len({r["settings"][key] for r in runs if r["settings"]["method"] in methods}) > 1
-
-    panels = [over_alpha] * varies("alpha", ["rift"]) + [trade_off] * varies("beta", ["adv", "rift"])
-    panels = panels or [forgetting("params_l2", "||theta_s - theta_t||_2"), forgetting("cka", "linear CKA of S and T on dev")]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False, layout="constrained")
-    for draw, ax in zip(panels, axes[0]):
+    panels = [over_alpha] * (len({run["alpha"] for run in of(runs, "rift")}) > 1)
+    panels += [trade_off] * (len({run["beta"] for run in of(runs, "adv", "rift")}) > 1)
+    panels = panels or [functools.partial(forgetting, name="params_l2", label="||theta_s - theta_t||_2 (weights)"),
+                        functools.partial(forgetting, name="cka", label="linear CKA of S and T on dev (1: the same)")]
+    figure = Figure(figsize=(4.8 * len(panels), 3.8), layout="constrained")
+    for ax, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         draw(ax)
         ax.grid(alpha=0.3)
-    figure.suptitle(f"{runs[0]['settings']['task']}: mean over {len({r['settings']['seed'] for r in runs})} seed(s), "
-                    "95% interval", fontsize=10)
-    temporary = Path(path).with_name(f".{Path(path).stem}.tmp.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
-    print(f"{path}: {', '.join(str(f) for f in folders)}")
+        ax.legend()
+    figure.suptitle(f"{runs[0]['task']}; bars: the range over runs, of a single one its 95% interval over texts", size=9)
+    image = io.BytesIO()
+    try:
+        figure.savefig(image, format=path.suffix[1:].lower() or "png", dpi=150)
+    except ValueError as error:
+        raise InputError(f"--plot {path}: {first_line(error)}") from None
+    data.write_atomically(path, image.getvalue())
+    print(f"{path}: drawn from {', '.join(map(str, folders))}")
 
 
-# ------------------------------------------------------------------------------------------------
+# ---- The command line -----------------------------------------------------------------------------
 
 
 def parse(argv):
     """The command line of eval.py."""
-    p = Parser(prog="eval.py", description="Attack finished runs and compare them.",
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(prog="eval.py", description="Attack finished runs and compare them.", allow_abbrev=False)
+    flag = functools.partial(p.add_argument, metavar="N")
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that train.py has written")
-    p.add_argument("--attacks", nargs="+", choices=ATTACKS, default=[], metavar="ATTACK", help=f"any of {', '.join(ATTACKS)}")
-    p.add_argument("--num-examples", type=positive, default=300, metavar="N", help="texts to attack (paper: 1,000; code: 300)")
-    p.add_argument("--split", choices=("test", "dev"), default="test", help="dev for choosing anything, test for reporting")
-    p.add_argument("--population", type=positive, default=60, metavar="N", help="of the genetic attack, texts (paper: 60)")
-    p.add_argument("--generations", type=positive, default=40, metavar="N", help="of the genetic attack (paper: 40)")
-    p.add_argument("--lm-constraint", metavar="SOURCE", help="what the genetic attack's synonyms must be likely under: none, "
-                   "scores (the published score file) or a causal language model's name or folder (default: the paper's, "
-                   "scores, for imdb and snli; none for other tasks)")
-    p.add_argument("--seed", type=int, default=0, metavar="S", help="of the choice of examples and of the attacks")
-    p.add_argument("--batch-size", type=positive, default=64, metavar="N", help="texts a forward pass")
-    p.add_argument("--data-dir", type=Path, metavar="DIR", help="where archives and tables are (default: the run's own)")
-    p.add_argument("--neighbors", metavar="FILE", help="substitution table: vectors, .json or wordnet (default: the run's own)")
-    p.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    p.add_argument("--attacks", nargs="+", choices=ATTACKS, default=[], metavar="ATTACK",
+                   help=f"any of {', '.join(ATTACKS)} (default: none, clean accuracy only)")
+    flag("--num-examples", type=positive, default=300, help="texts to attack (default: %(default)s, as the authors' code; "
+         "paper: 1,000)")
+    p.add_argument("--split", choices=("test", "dev"), default="test", help="dev for choosing anything, test for reporting "
+                   "(default: %(default)s)")
+    flag("--population", type=number(int, 2), default=60, help="texts, genetic attack (default and paper: %(default)s)")
+    flag("--generations", type=positive, default=40, help="of the genetic attack (default and paper: %(default)s)")
+    flag("--lm-constraint", metavar="SOURCE", help="what the genetic attack's synonyms must be likely under: none, scores "
+         "(the published score file; N are drawn from its texts) or a causal language model's name or folder (default: the "
+         "paper's, scores, for imdb and snli; none for other tasks)")
+    flag("--seed", type=number(int, 0), default=0, help="of the choice of texts and of the attacks (default: %(default)s)")
+    flag("--batch-size", type=positive, default=64, help="texts a forward pass, for speed only (default: %(default)s)")
+    flag("--data-dir", metavar="DIR", help="where archives and tables are (default: where the run found them)")
+    flag("--neighbors", metavar="FILE", help="substitution table: vectors (.txt, .zip), a table (.json) or wordnet (default: "
+         "the run's own)")
+    flag("--device", metavar="NAME", help="such as cpu or cuda:0 (default: a GPU if there is one)")
     p.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="of the encoder (default: the run's own)")
-    p.add_argument("--overwrite", action="store_true", help="forget earlier attacks on these runs")
-    p.add_argument("--show", type=int, default=2, metavar="N", help="adversarial examples printed for a run and an attack")
-    p.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures of finished runs: accuracy over alpha, clean "
-                   "against robust over beta, or forgetting per epoch, whatever the runs vary; attacks nothing")
-    p.add_argument("--plot-attack", choices=("hull", *ATTACKS[:3]), default="hull", metavar="ATTACK",
-                   help="whose robust accuracy --plot draws")
+    p.add_argument("--overwrite", action="store_true", help="forget earlier attacks on these runs and this split")
+    flag("--show", type=number(int, 0), default=2, help="adversarial texts printed a run and attack (default: %(default)s)")
+    flag("--plot", type=Path, metavar="FILE", help="draw the figures of finished runs: accuracy over alpha, clean against robust "
+         "over beta, or forgetting per epoch, whatever the runs vary; without --attacks nothing is attacked")
+    p.add_argument("--plot-attack", choices=ATTACKS, metavar="ATTACK", help="whose robust accuracy --plot draws (default: "
+                   "genetic, pwws, pwws-wordnet or hull, the first that every run has)")
     args = p.parse_args(argv)
-    if args.population < 2:
-        raise InputError("--population 1: the genetic attack needs at least 2")
-    args.attacks = list(dict.fromkeys(args.attacks))
+    args.attacks, args.runs = list(dict.fromkeys(args.attacks)), list(dict.fromkeys(args.runs))
     return args
+
+
+def compare(args):
+    """Evaluates every run and prints the comparison. Raises InputError."""
+    same_data = {}                                       # the runs of one data set are compared with each other
+    for folder in args.runs:
+        s = settings_of(folder)
+        key = [s[k] for k in ("task", "train_size", "dev_size", "test_size", "split_seed")]
+        same_data.setdefault(tuple(key), []).append(folder)
+    groups = []
+    for folders in same_data.values():
+        plan = make_plan(settings_of(folders[0]), args)
+        groups.append([])
+        for folder in folders:
+            victim = load_run(folder, args.device, args.precision, args.batch_size)
+            s = victim.config["settings"]
+            if plan.task.fingerprint != victim.config["fingerprints"].get("data"):
+                raise InputError(f"{folder}: was trained on other data than is found now: the fingerprints differ")
+            if args.neighbors:
+                table = open_table(s | {"neighbors": args.neighbors}, plan.task, args.data_dir)
+                victim.vocabulary = data.Vocabulary(victim.vocabulary.tokenizer, s["max_len"], table, s["unknown_words"],
+                                                    s["candidates"])
+            try:
+                groups[-1].append(evaluate(folder, victim, plan, args))
+            except OSError as error:
+                raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
+            except ValueError as error:
+                raise error if isinstance(error, InputError) else InputError(f"{folder}: {error}") from None
+    report(groups, args)
 
 
 @run_main
 def main(argv=None):
-    """eval.py's command line."""
+    """eval.py's command line. Exits with 2 for bad input and with 130 when stopped by Ctrl-C."""
     args = parse(argv)
-    if args.plot:
-        return plot(args.runs, args.plot, args.plot_attack)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    groups = {}                                          # the runs of one data set are compared with each other
-    for folder in args.runs:
-        s = settings_of(folder)
-        groups.setdefault((s["task"], s["train_size"], s["dev_size"], s["test_size"], s["split_seed"]), []).append(folder)
-    asked = args.lm_constraint
-    for folders in groups.values():
-        task = open_task(settings_of(folders[0]), args.data_dir)
-        args.lm_constraint = asked or ("scores" if task.name in ("imdb", "snli") else "none")
-        known, allowed = language_model_constraint(args, task)
-        chosen = choose(task, args.split, args.num_examples, args.seed, known)
-        found = []
-        for folder in folders:
-            victim = load_run(folder, args.device, args.precision, args.batch_size)
-            s = victim.config["settings"]
-            if task.fingerprint != victim.config["fingerprints"]["data"]:
-                raise InputError(f"{folder}: was trained on other data than is found now: the fingerprints differ")
-            if args.neighbors:
-                table = open_table(s | {"neighbors": args.neighbors}, task, args.data_dir)
-                victim.vocabulary = data.Vocabulary(victim.vocabulary.tokenizer, s["max_len"], table, s["unknown_words"],
-                                                    s["candidates"])
-            found.append(evaluate(folder, victim, task, chosen, allowed, args))
-        report([str(folder) for folder in folders], found, args, task.labels)
+    if args.attacks or not args.plot:
+        try:
+            compare(args)
+        except KeyboardInterrupt:
+            again = shlex.join(str(arg) for arg in argv if arg != "--overwrite")
+            raise KeyboardInterrupt(f"the finished examples are kept, go on with: python eval.py {again}") from None
+    if args.plot:
+        plot(args.runs, args.plot, args.plot_attack)
 
 
 if __name__ == "__main__":

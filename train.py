@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ import torch.distributed as dist
 import transformers
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer
 
 import data
 import eval
@@ -369,7 +371,7 @@ def run(task, table, s, folder, processes, resume=False, overwrite=False):
     device = processes.device(s["device"])
     torch.manual_seed(s["seed"])                                # poolers, heads and projections that start at random
     if s["model"] == "toy":
-        s = s | {"model": str(data.toy_encoder())}
+        s = s | {"model": str(toy_encoder())}
     encoder, tokenizer = eval.load_encoder(s["model"])
     if s["max_len"] > eval.longest_input(encoder):
         raise InputError(f"--max-len {s['max_len']}: {s['model']} has positions for {eval.longest_input(encoder)} tokens at most")
@@ -398,6 +400,57 @@ def run(task, table, s, folder, processes, resume=False, overwrite=False):
         print(f"{folder}: test clean {metrics['clean']:.3f}, hull {metrics['hull']:.3f} "
               f"(N = {len(task.test)}, best epoch {metrics['best_epoch'] + 1} on dev)")
     processes.wait()
+
+
+# ------------------------------------------------------------------------------------------------
+# The toy task's pre-trained encoder
+
+
+def pretrain_toy(folder, steps=1000, batch_size=32, lr=3e-3, masked=0.4):
+    """Pre-trains a BERT of 2 layers, 64 wide, on the toy grammar by masked-language modelling; saves it in `folder`.
+
+    Of the tokens, `masked` are predicted: 80% of these are [MASK], 10% another word, 10% left (Devlin et al. 2019).
+    """
+    torch.manual_seed(0)
+    texts = data.toy_pretraining_texts()
+    words = sorted({word for text in texts for word in text.split()})
+    tokenizer = BertTokenizer(vocab={w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])})
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                        intermediate_size=128, max_position_embeddings=64, initializer_range=0.1)
+    model = BertForMaskedLM(config).train()
+    adamw = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adamw, lr, total_steps=steps)
+    encoded = tokenizer(texts, padding=True, return_tensors="pt")
+    for _ in tqdm(range(steps), "pre-training the toy encoder", leave=False):
+        rows = torch.randint(len(texts), (batch_size,))
+        mask = encoded["attention_mask"][rows]
+        ids, mask = (x[:, :mask.sum(1).max()] for x in (encoded["input_ids"][rows], mask))          # (B, L)
+        chosen = (torch.rand(ids.shape) < masked) & (ids >= 5)
+        r = torch.rand(ids.shape)
+        x = torch.where(chosen & (r < 0.8), tokenizer.mask_token_id, ids)
+        x = torch.where(chosen & (r > 0.9), torch.randint(5, len(tokenizer), ids.shape), x)
+        loss = model(input_ids=x, attention_mask=mask, labels=ids.masked_fill(~chosen, -100)).loss
+        adamw.zero_grad()
+        loss.backward()
+        adamw.step()
+        schedule.step()
+    encoder = BertModel(config)                                     # its pooler stays random: nothing trains one
+    encoder.load_state_dict(model.bert.state_dict(), strict=False)
+    encoder.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def toy_encoder():
+    """The folder of the toy task's pre-trained encoder, made when it is not in the cache."""
+    folder = data.cache_dir() / "toy-encoder-1"
+    if not (folder / "config.json").exists():
+        new = Path(tempfile.mkdtemp(prefix="toy-encoder-", dir=make_folder(data.cache_dir())))
+        pretrain_toy(new)
+        try:
+            new.rename(folder)
+        except OSError:                                             # another process was quicker
+            shutil.rmtree(new)
+    return folder
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,0 +1,576 @@
+"""How much faster is this project than the plain formulation of the same mathematics?
+
+    python -m tests.benchmark --model MINILM_DIR --data-dir DIR               everything
+    python -m tests.benchmark train attacks --json ratios.json --scaling      chosen parts, and how the cost grows
+
+Every ratio is baseline time / our time, measured in one process by turns, with the same weights, texts, torch,
+threads and attention kernels. The baseline is fp32 throughout, also beside our bf16. What it does is written here:
+
+- `plain_step`, training: every text padded to the longest input, embeddings (B, L, K, H) of all K = 10 candidates of
+  every position mixed by einsum, parameter gradients accumulated while the adversary searches, a forward pass each
+  for cross-entropy, the clean side of KL, its adversarial side, and L_info, the teacher run at every step.
+- `plain_probabilities`, evaluation: batches of 32 texts in the order given, each padded to the longest input.
+- `plain_attack`: one query at a time, padded likewise, nothing remembered: PWWS scores the original again for each
+  candidate, genetic its base member for each perturbation. The attacks themselves are this project's generators.
+
+"agrees" means, in fp32, with dropout off and one start v on the very batches that are timed: every loss term to 1e-4
+and every parameter's gradient to 1e-3, relative, in norm (floor: 1e-6 of the whole gradient's norm, because some are
+true zeros, such as a key's bias, that rounding fills); probabilities to 1e-4; the same adversarial texts. In bf16,
+against the same fp32 results: the loss to 2%, verdicts on 90% of the examples.
+
+Without --data-dir the texts are random words, without --model the encoder is small and random: the command runs
+anywhere, but its ratios are then of a toy size.
+"""
+import argparse
+import copy
+import functools
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tqdm import tqdm
+
+import attacks
+import data
+import eval
+import rift
+import train
+
+BATCH = {"imdb": 8, "snli": 24}  # texts a step: the paper's 32 and 120 give like ratios and take minutes a step
+REGULARISER = 1e-2  # of the fitted head: its KL is then of the size that training sees, 0.05 to 1 nat
+EPOCHS = 20  # of the paper: a step bears 1/20 of the teacher's one pass over its texts
+POPULATION, GENERATIONS = 20, 10  # of the genetic attack
+
+# ----------------------------------------------------------------------------------------------------------
+# The baseline
+
+
+def padded(tensor, shape, value=0):
+    """The tensor with its last dimensions filled up to `shape` with a value, or cut down to it."""
+    out = tensor.new_full(shape, value)
+    part = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, shape))
+    out[part] = tensor[part]
+    return out
+
+
+def plain_batch(vocabulary, texts):
+    """Vocabulary.encode, padded to the longest input and the most candidates that there may be."""
+    batch = vocabulary.encode(texts, hull=True)
+    B, L, K = len(texts), vocabulary.max_len, vocabulary.max_candidates
+    return {"input_ids": padded(batch["input_ids"], (B, L), vocabulary.pad),
+            "attention_mask": padded(batch["attention_mask"], (B, L)),
+            "subs": padded(batch["subs"], (B, L, K), vocabulary.pad),
+            "subs_mask": padded(batch["subs_mask"], (B, L, K), False)}
+
+
+def plain_step(model, adamw, input_ids, attention_mask, subs, subs_mask, y, v, s):
+    """A training step of RIFT, line by line as the paper has it (method sections 1 and 2).
+
+    input_ids, attention_mask: (B, L); subs, subs_mask, v: (B, L, K); y: (B,). Returns the loss terms as floats.
+    """
+    encoder, head, (B, L, K) = model.encoder, model.head, subs.shape
+    position_ids = rift.positions_of(encoder, L)                                             # (1, L)
+    m = subs_mask.float()
+
+    def F_s(e=None):
+        return rift.features(encoder, input_ids, attention_mask, s["pooling"], e)            # (B, H)
+
+    def candidates():
+        positions = position_ids[..., None].expand(B, L, K).reshape(B, L * K)
+        return encoder.embeddings(input_ids=subs.reshape(B, L * K), position_ids=positions).view(B, L, K, -1)
+
+    def mixture(w, E):
+        return torch.einsum("blk,blkh->blh", w, E)                                           # (B, L, H)
+
+    # x^: the adversary's search, dropout off
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        E, clean = candidates(), head(F_s())                                                 # (B, L, K, H), (B, C)
+    v = v.clone().requires_grad_()
+    adam = torch.optim.Adam([v], lr=s["adv_lr"], weight_decay=s["adv_weight_decay"])
+    for _ in range(s["adv_steps"]):
+        w = torch.softmax(v * m + 500 * (m - 1), -1)
+        entropy = -(w * w.clamp_min(1e-30).log()).sum()
+        gain = rift.kl_divergence(clean, head(F_s(mixture(w, E)))) * B - s["sparsity"] * entropy / (300 * 128)
+        adam.zero_grad()
+        (-gain).backward()                                                                   # v's, and all parameters'
+        adam.step()
+    w = torch.softmax(v.detach() * m + 500 * (m - 1), -1)
+    model.train(training)
+
+    # the loss, a forward pass for each of its parts
+    adamw.zero_grad()
+    ce = F.cross_entropy(head(F_s()), y)
+    kl = rift.kl_divergence(head(F_s()), head(F_s(mixture(w, candidates()))))
+    with torch.no_grad():
+        T = rift.features(model.teacher, input_ids, attention_mask, s["pooling"])            # (B, H)
+    info = rift.L_info(F_s(mixture(w, candidates())), T, y, model.g, model.h, s["tau"])
+    loss = ce + s["beta"] * kl + s["alpha"] * info
+    loss.backward()
+    adamw.step()
+    return {"ce": ce.item(), "kl": kl.item(), "info": info.item(), "loss": loss.item()}
+
+
+@torch.no_grad()
+def plain_probabilities(model, vocabulary, texts, batch_size=32):
+    """Class probabilities of texts (lists of words) -> (N, C) array."""
+    P, device = [], model.encoder.device
+    for start in range(0, len(texts), batch_size):
+        batch = vocabulary.encode(texts[start:start + batch_size])
+        shape = len(batch["input_ids"]), vocabulary.max_len
+        ids = padded(batch["input_ids"], shape, vocabulary.pad).to(device)
+        mask = padded(batch["attention_mask"], shape).to(device)
+        P.append(torch.softmax(model.head(rift.features(model.encoder, ids, mask, model.pooling)), -1).cpu())
+    return torch.cat(P).numpy()
+
+
+def plain_attack(model, vocabulary, example, method, name, rescored):
+    """One example attacked with one query at a time -> attacks.Result.
+
+    rescored: how often the text that a round of queries started from is scored again, from (queries, words).
+    """
+    index, text, y = example
+    words = tuple(text.split(" "))
+    steps = attacks.attack_one(index, [], words, y, method, vocabulary.neighbors, 0, name, {})
+    wanted = next(steps)
+    while True:
+        for _ in range(rescored(len(wanted), len(words)) if len(wanted) > 1 else 0):
+            plain_probabilities(model, vocabulary, [(words,)])
+        P = [plain_probabilities(model, vocabulary, [(text,)])[0] for text in wanted]
+        try:
+            wanted = steps.send(np.array(P, dtype=np.float64))
+        except StopIteration as stop:
+            return stop.value
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Texts and models
+
+
+def random_encoder():
+    """A small random BERT and a tokenizer of 1,000 made-up words, for a run without --model."""
+    torch.manual_seed(0)
+    words = [a + b + c for a in "bcdfghklmn" for b in "aeiou" for c in "bcdfghklmnprstvwxyz"][:1000]
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words]
+    tokenizer = Tokenizer(models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]",
+                                                     cls_token="[CLS]", sep_token="[SEP]")
+    config = transformers.BertConfig(vocab_size=len(tokens), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                     intermediate_size=128, initializer_range=0.1)
+    return transformers.BertModel(config), tokenizer
+
+
+def whole_words(tokenizer, n=1000):
+    """n words that are one token each, in alphabetic order."""
+    words = {token.removeprefix("Ġ") for token in tokenizer.get_vocab()}
+    words = sorted(word for word in words if word.isascii() and word.isalpha() and word.islower() and len(word) > 2)
+    return words[:: max(len(words) // n, 1)][:n]
+
+
+def made_up_task(name, words, sizes, lengths=None):
+    """A data.Task of random words, with lengths like the real one's and words that hint at the class."""
+    rng, C = np.random.default_rng(0), {"imdb": 2, "snli": 3}[name]
+    mean, spread = {"imdb": (5.3, 0.7), "snli": (2.5, 0.3)}[name]                            # of log(number of words)
+
+    def text(y, n):
+        k = rng.integers(len(words) // C, size=n) * C + np.where(rng.random(n) < 0.5, y, rng.integers(C, size=n))
+        return tuple(words[i] for i in k)
+
+    def example(i):
+        n = np.exp(rng.normal(mean, spread, size=1 if name == "imdb" else 2)).astype(int).clip(4, 1000)
+        return data.Example(tuple(text(i % C, n_words) for n_words in (lengths or n)), i % C)
+
+    train_, dev, test = ([example(i) for i in range(size)] for size in sizes)
+    return data.Task(name, [str(c) for c in range(C)], train_, dev, test, "")
+
+
+class Bench:
+    """What the parts of the benchmark share: encoder, words, tasks and the command line's choices."""
+
+    def __init__(self, args):
+        self.args, self.device = args, eval.pick_device(args.device)
+        self.encoder, self.tokenizer = eval.load_encoder(args.model) if args.model else random_encoder()
+        if args.data_dir:
+            self.table = data.load_neighbors(args.data_dir / "counterfitted_neighbors.json")
+        else:
+            self.table = self.circle(8)
+
+    def circle(self, n):
+        """A table that gives each whole word of the vocabulary the n next ones."""
+        words = whole_words(self.tokenizer)
+        return {word: [words[(i + k) % len(words)] for k in range(1, n + 1)] for i, word in enumerate(words)}
+
+    @functools.cache
+    def task(self, name):
+        """The task's texts: a balanced random sample of the real ones, or random words."""
+        sizes = dict(imdb=(1600, 2, 1200), snli=(1200, 3, 3))[name]
+        if self.args.data_dir:
+            sizes = dict(zip(("train_size", "dev_size", "test_size"), sizes))
+            return data.load_task(name, self.args.data_dir, **sizes)
+        return made_up_task(name, list(self.table), sizes)
+
+    def settings(self, name, **changes):
+        """train.py's own settings of a run, with a learning rate of 0: AdamW does all its work, yet the weights stay,
+        so that every step, the baseline's too, starts from the same ones."""
+        _, s = train.parse(["--task", name, "--adv-steps", str(self.args.adv_steps)])
+        return s | {"method": "rift", "lr": 0.0} | changes
+
+    def vocabulary(self, s, table=None):
+        return data.Vocabulary(self.tokenizer, s["max_len"], table or self.table, s["unknown_words"], s["candidates"])
+
+    @functools.cache
+    def model(self, name):
+        """A RIFT whose head has been fitted, so that predictions, KL and attacks mean something -> (model, vocabulary)."""
+        torch.manual_seed(0)
+        s, task = self.settings(name), self.task(name)
+        model = rift.RIFT(copy.deepcopy(self.encoder), len(task.labels), s["pooling"]).to(self.device).eval()
+        vocabulary = self.vocabulary(s)
+        some = sorted(task.train[:600], key=lambda x: sum(map(len, x.words)))[:200]
+        X = eval.Victim(model, vocabulary).features([vocabulary.visible(x.words) for x in some])
+        y = torch.tensor([x.y for x in some], device=self.device)
+        lbfgs = torch.optim.LBFGS(model.head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+        def closure():
+            lbfgs.zero_grad()
+            loss = F.cross_entropy(model.head(X), y) + REGULARISER * sum(p.square().sum() for p in model.head.parameters())
+            loss.backward()
+            return loss
+
+        lbfgs.step(closure)
+        return model, vocabulary
+
+    def seconds(self, function, *args):
+        """function(*args) -> (seconds that it took, what it returned)."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        out = function(*args)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start, out
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Training
+
+
+def row(baseline, ours, agrees):
+    return {"ratio": baseline / ours, "baseline_s": baseline, "ours_s": ours, "agrees": bool(agrees)}
+
+
+def worst(found, expected, relative, floor):
+    """The largest difference of tensors or numbers by name, as a share of what is allowed -> (share, name).
+
+    Allowed is `relative` times the norm of the expected one, at least `floor`. A missing or extra name is infinite.
+    """
+    if found.keys() != expected.keys():
+        return float("inf"), str(sorted(found.keys() ^ expected.keys()))
+    pairs = {k: [torch.as_tensor(x[k]).double() for x in (found, expected)] for k in expected}
+    return max((((a - b).norm() / max(relative * b.norm(), floor)).item(), k) for k, (a, b) in pairs.items())
+
+
+def training(bench, name):
+    """A training step in the shape of a task, ours in fp32 and in bf16 -> {name: row}."""
+    model, vocabulary = bench.model(name)
+    s, task = bench.settings(name), bench.task(name)
+    texts = [vocabulary.visible(x.words) for x in task.train]
+    y = np.array([x.y for x in task.train])
+    lengths = [sum(map(len, words)) for words in texts]
+    epoch = data.balanced_batches(y, lengths, bench.args.batch_size or BATCH[name], np.random.default_rng(0))
+    epoch.sort(key=lambda rows: max(lengths[i] for i in rows))
+    n = bench.args.batches                                              # steps timed, spread evenly over the lengths
+    chosen = [epoch[int((i + 0.5) * len(epoch) / n)] for i in range(n)]
+
+    trainings = {p: (train.Training(model, s), s | {"precision": p}) for p in ("fp32", "bf16")}
+    adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, eps=s["adam_eps"])
+    spent, agrees, teacher = dict.fromkeys(("plain", "fp32", "bf16"), 0.0), {"fp32": True, "bf16": True}, {}
+    used = [i for rows in chosen for i in rows]
+    for p in trainings:
+        victim = eval.Victim(model, vocabulary, precision=p)
+        victim.features([texts[i] for i in chosen[0]], model.teacher)                        # warm-up
+        t, T = bench.seconds(victim.features, [texts[i] for i in used], model.teacher)
+        spent[p] += t / EPOCHS
+        teacher[p] = dict(zip(used, T))
+
+    def plain(rows, v):
+        batch = {k: tensor.to(bench.device) for k, tensor in plain_batch(vocabulary, [texts[i] for i in rows]).items()}
+        return plain_step(model, adamw, **batch, y=torch.tensor(y[rows], device=bench.device), v=v, s=s)
+
+    def ours(rows, v, precision):
+        batch = vocabulary.encode([texts[i] for i in rows], hull=True)
+        batch = {k: tensor.to(bench.device) for k, tensor in batch.items()}
+        state, settings = trainings[precision]
+        with mock.patch.object(rift, "noise", lambda subs, max_len: padded(v, subs.shape)):
+            return train.train_step(state, batch, torch.tensor(y[rows], device=bench.device),
+                                    torch.stack([teacher[precision][i] for i in rows]), settings)
+
+    def gradients():
+        return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+    def start(rows):
+        return rift.noise(torch.empty(len(rows), vocabulary.max_len, vocabulary.max_candidates, device=bench.device),
+                          vocabulary.max_len, torch.Generator().manual_seed(int(rows[0])))
+
+    model.train()
+    for k, rows in enumerate(tqdm([chosen[0], *chosen], f"train/{name}: timed", leave=False)):
+        for p, step in (("plain", plain), ("fp32", ours), ("bf16", ours)):
+            t, _ = bench.seconds(step, rows, start(rows), *[p][p == "plain":])
+            spent[p] += t if k else 0.0                                                      # the first is the warm-up
+    model.eval()
+    for rows in tqdm(chosen, f"train/{name}: compared", leave=False):
+        expected, g_expected = plain(rows, start(rows)), gradients()
+        for p in trainings:
+            terms, g = ours(rows, start(rows), p), gradients()
+            if p == "fp32":
+                whole = torch.stack([tensor.norm() for tensor in g_expected.values()]).norm().item()
+                found = [worst(terms, expected, 1e-4, 1e-6), worst(g, g_expected, 1e-3, 1e-6 * whole)]
+            else:
+                found = [worst({"loss": terms["loss"]}, {"loss": expected["loss"]}, 0.02, 0.0)]
+            agrees[p] &= max(found)[0] <= 1
+            if bench.args.verbose:
+                tqdm.write(f"train/{name}/{p}, up to {max(lengths[i] for i in rows)} words: {terms}, baseline {expected}; "
+                           f"worst share of the tolerance {found}", sys.stderr)
+    model.zero_grad()
+    return {f"train/{name}/{p}": row(spent["plain"], spent[p], agrees[p]) for p in trainings}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def process_memory(field):
+    """VmRSS, now, or VmHWM, the peak since reset_peak, of this process in MiB. Not getrusage's ru_maxrss: on Linux a
+    process inherits that from the one that started it, and it cannot be reset."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise data.InputError("train/memory needs Linux (/proc/self/status) or a GPU")
+
+
+def peak_memory(bench, function, *args):
+    """MiB that function(*args) needs at most, over what is held before it."""
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function(*args)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")                            # VmHWM starts anew from VmRSS
+    before = process_memory("VmRSS")
+    function(*args)
+    return process_memory("VmHWM") - before
+
+
+def step_memory(bench, which, batch_size):
+    """Peak memory in MiB of a step ("plain" or "ours") on the longest reviews, 300 tokens each -> (texts, MiB).
+
+    A step of 4 texts goes first, so that AdamW's moments and the library's buffers are there; from the baseline's it
+    is known whether batch_size texts will fit into the machine's memory: if not, the batch is halved until they do.
+    """
+    model, vocabulary = bench.model("imdb")
+    model.train()
+    s = bench.settings("imdb", adv_steps=2)                                  # each step of the search needs the same
+    texts = [vocabulary.visible(x.words) for x in sorted(bench.task("imdb").train, key=lambda x: -len(x.words[0]))]
+    y = torch.arange(batch_size, device=bench.device) % 2
+    T = torch.rand(batch_size, model.encoder.config.hidden_size, device=bench.device)
+    state = train.Training(model, s)
+
+    def step(n):
+        encode = functools.partial(plain_batch, vocabulary) if which == "plain" else functools.partial(vocabulary.encode, hull=True)
+        batch = {k: tensor.to(bench.device) for k, tensor in encode(texts[:n]).items()}
+        if which == "plain":
+            plain_step(model, state.adamw, **batch, y=y[:n], v=rift.noise(batch["subs"], s["max_len"]), s=s)
+        else:
+            train.train_step(state, batch, y[:n], T[:n], s)
+
+    step(4)
+    four = peak_memory(bench, step, 4)
+    if bench.device.type == "cuda":
+        free = torch.cuda.mem_get_info()[0] / 2**20
+    else:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) / 1024
+    while batch_size > 4 and four / 4 * batch_size > 0.7 * free:             # the rest is for others on the machine
+        batch_size //= 2
+    return batch_size, peak_memory(bench, step, batch_size)
+
+
+def memory(bench):
+    """Baseline / ours, each in a process of its own -> {name: row}."""
+    found, size = {}, 32
+    for which in tqdm(("plain", "ours"), "train/memory", leave=False):
+        command = [sys.executable, "-m", "tests.benchmark", *bench.args.argv, "--memory", which, str(size)]
+        out = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if out.returncode:
+            raise data.InputError(f"train/memory, {which}: ended with {out.returncode} {out.stderr.strip()[-300:]}")
+        size, found[which] = int(out.stdout.split()[-2]), float(out.stdout.split()[-1])
+    if size < 32:
+        print(f"train/memory at {size} texts: this machine has no room for the baseline's 32")
+    return {"train/memory": {"ratio": found["plain"] / found["ours"], "baseline_mib": found["plain"],
+                             "ours_mib": found["ours"], "batch": size, "agrees": True}}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Evaluation and attacks
+
+
+def clean(bench):
+    """Class probabilities of real reviews -> {name: row}."""
+    model, vocabulary = bench.model("imdb")
+    texts = [vocabulary.visible(x.words) for x in bench.task("imdb").test[:bench.args.num_clean]]
+    victim = eval.Victim(model, vocabulary)
+    spent, found = {}, {}
+    for name, function in (("plain", functools.partial(plain_probabilities, model, vocabulary)),
+                           ("ours", lambda texts: victim.probabilities(victim.features(texts)))):
+        function(texts[:32])                                                                 # warm-up
+        spent[name], found[name] = bench.seconds(function, texts)
+    return {"clean/imdb/fp32": row(spent["plain"], spent["ours"], abs(found["plain"] - found["ours"]).max() < 1e-4)}
+
+
+def attacked(bench):
+    """PWWS and genetic on real reviews of up to 100 words that the victim gets right -> {name: row}."""
+    model, vocabulary = bench.model("imdb")
+    short = [(i, data.to_text(x.words), x.y) for i, x in enumerate(bench.task("imdb").test) if len(x.words[0]) <= 100]
+    P = eval.Victim(model, vocabulary)([text for _, text, _ in short])
+    right = [example for example, p in zip(short, P) if p.argmax() == example[2]]
+    print(f"victim of the attacks: right on {len(right) / len(short):.0%} of {len(short)} reviews", file=sys.stderr)
+    genetic = functools.partial(attacks.genetic, population=POPULATION, generations=GENERATIONS)
+    rows = {}
+    for name, method, precisions, n, rescored in (
+            ("pwws", attacks.pwws, ("fp32", "bf16"), bench.args.attack_examples,
+             lambda queries, words: queries - 1 - words),                                    # once for each candidate
+            ("genetic", genetic, ("fp32",), max(bench.args.attack_examples // 3, 1),
+             lambda queries, words: POPULATION)):                                            # once for each perturbation
+        examples, spent, found = right[:n], 0.0, []
+        for example in tqdm(examples, f"attacks/{name}: baseline", leave=False):
+            t, result = bench.seconds(plain_attack, model, vocabulary, example, method, name, rescored)
+            spent, found = spent + t, found + [result]
+        for p in precisions:
+            victim = eval.Victim(model, vocabulary, precision=p)
+            victim([text for _, text, _ in examples])                                        # warm-up
+            run = attacks.attack(victim, examples, method, vocabulary.neighbors, name=name)
+            t, ours = bench.seconds(list, run)
+            pairs = list(zip(*(sorted(results, key=lambda result: result.index) for results in (ours, found))))
+            same = np.mean([a.success == b.success and (p == "bf16" or a.adversarial == b.adversarial) for a, b in pairs])
+            rows[f"attacks/{name}/{p}"] = row(spent, t, same >= (0.9 if p == "bf16" else 1.0))
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------
+# How the cost grows
+
+BASE = dict(length=64, batch=16, steps=5, candidates=4)
+GROWTH = dict(length=(32, 64, 128, 256, 512), batch=(8, 16, 32, 64), steps=(0, 5, 10, 20), candidates=(2, 4, 8, 16))
+
+
+def scaling(bench):
+    """Seconds of our step over each of length, batch, adversary steps and candidates, the others as in BASE; every
+    word has candidates -> {"scaling/length/32": {"fp32_s": .., "bf16_s": ..}, ..}."""
+    out, longest = {}, eval.longest_input(bench.encoder)
+    points = [(what, value) for what, values in GROWTH.items() for value in values if what != "length" or value <= longest]
+    model = rift.RIFT(copy.deepcopy(bench.encoder), 2).to(bench.device).train()
+    for what, value in tqdm(points, "scaling", leave=False):
+        p = BASE | {what: value}
+        s = bench.settings("imdb", max_len=p["length"], adv_steps=p["steps"], candidates=p["candidates"])
+        vocabulary = bench.vocabulary(s, bench.circle(p["candidates"] - 1))
+        task = made_up_task("imdb", list(vocabulary.neighbors), (p["batch"], 0, 0), [p["length"] - 2])
+        state, y = train.Training(model, s), torch.tensor([x.y for x in task.train], device=bench.device)
+        T = torch.rand(len(y), bench.encoder.config.hidden_size, device=bench.device)
+
+        def step(n, precision):
+            batch = vocabulary.encode([x.words for x in task.train[:n]], hull=True)
+            batch = {name: tensor.to(bench.device) for name, tensor in batch.items()}
+            return train.train_step(state, batch, y[:n], T[:n], s | {"precision": precision})
+
+        out[f"scaling/{what}/{value}"] = {}
+        for precision in ("fp32", "bf16"):
+            step(4, precision)                                                               # warm-up
+            out[f"scaling/{what}/{value}"][precision + "_s"] = bench.seconds(step, p["batch"], precision)[0]
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+
+def processor(device):
+    """The name of the GPU, or of the CPU with its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def parse(argv):
+    p = argparse.ArgumentParser(prog="python -m tests.benchmark", description=__doc__.partition("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("parts", nargs="*", metavar="PART", help="train (with memory), clean, attacks; default: all of them")
+    p.add_argument("--model", metavar="DIR", help="an encoder, MiniLM for the figures of the README (default: small and random)")
+    p.add_argument("--data-dir", type=Path, metavar="DIR", help="IMDB, SNLI, NLTK data and counterfitted_neighbors.json "
+                   "(default: random words)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="where the ratios are written")
+    p.add_argument("--scaling", action="store_true", help="also how a step's cost grows, in fp32 and bf16")
+    p.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    p.add_argument("--adv-steps", type=int, default=10, help="of the training adversary")
+    p.add_argument("--batches", type=int, default=4, help="training steps timed, of different lengths")
+    p.add_argument("--batch-size", type=int, help="texts a training step (default: imdb 8, snli 24)")
+    p.add_argument("--num-clean", type=int, default=300, help="reviews for clean evaluation")
+    p.add_argument("--attack-examples", type=int, default=3, help="reviews for pwws; a third as many for genetic")
+    p.add_argument("--verbose", action="store_true", help="print every loss that is compared")
+    p.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)                              # the subprocess of memory()
+    args = p.parse_args(argv)
+    if unknown := set(args.parts) - {"train", "clean", "attacks"}:
+        p.error(f"{', '.join(sorted(unknown))}: has to be train, clean or attacks")
+    args.parts, args.argv = args.parts or ["train", "clean", "attacks"], argv
+    return args
+
+
+@eval.run_main
+def main(argv):
+    args = parse(argv)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    bench = Bench(args)
+    if args.memory:
+        return print(*step_memory(bench, args.memory[0], int(args.memory[1])))
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {processor(bench.device)}")
+    for missing, note in ((args.model, "no --model: a small random encoder"), (args.data_dir, "no --data-dir: random words")):
+        if not missing:
+            print(f"{note}; the ratios are of a toy size")
+    rows = {}
+    if "train" in args.parts:
+        rows |= training(bench, "imdb") | training(bench, "snli") | memory(bench)
+    if "clean" in args.parts:
+        rows |= clean(bench)
+    if "attacks" in args.parts:
+        rows |= attacked(bench)
+    print(f"\n{'':20}{'ratio':>8}{'baseline':>12}{'ours':>12}   agrees")
+    for name, r in rows.items():
+        before, after = (f"{r[key + '_s']:.2f} s" if key + "_s" in r else f"{r[key + '_mib']:.0f} MiB" for key in ("baseline", "ours"))
+        print(f"{name:20}{r['ratio']:7.2f}x{before:>12}{after:>12}   {'yes' if r['agrees'] else 'NO'}")
+    if args.scaling:
+        grown = scaling(bench)
+        print(f"\nseconds a step, at {', '.join(f'{what} {value}' for what, value in BASE.items())} but for:\n"
+              f"{'':20}{'fp32':>10}{'bf16':>10}")
+        for name, r in grown.items():
+            print(f"{name.removeprefix('scaling/').replace('/', ' '):20}{r['fp32_s']:10.3f}{r['bf16_s']:10.3f}")
+        rows |= grown
+    if args.json:
+        eval.write_json(args.json, rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
