@@ -426,10 +426,10 @@ def vector_neighbors(path, train_words, k=8, max_sq_dist=0.5, vocabulary=50_000,
         words = [word for word in ranked if word in vectors]
         if not words:
             raise InputError(f"{path}: none of the {len(ranked)} training words has a vector in it")
-        X = torch.tensor([vectors[word] for word in words], dtype=torch.float64)  # (n, dim)
+        X = torch.from_numpy(np.stack([vectors[word] for word in words]))  # (n, dim) float64
         table = {}
         for start in tqdm(range(skip, len(words), 1000), desc="nearest neighbours", unit_scale=1000):
-            distances = torch.cdist(X[start : start + 1000], X).square()  # (1000, n)
+            distances = torch.cdist(X[start : start + 1000], X).square_()  # (1000, n)
             for i, row in enumerate(distances, start):
                 row[i] = math.inf  # not the word itself
                 near = (row < max_sq_dist).nonzero()[:, 0]
@@ -445,8 +445,8 @@ def vector_neighbors(path, train_words, k=8, max_sq_dist=0.5, vocabulary=50_000,
 
 
 def read_vectors(path, wanted):
-    """A .txt with a line `word number number ..` each, or a .zip with one -> {word: list of numbers} of the wanted
-    words. Raises InputError with the line, also of other words."""
+    """A .txt with a line `word number number ..` each, or a .zip with one -> {word: (dim,) float64 array} of the
+    wanted words. Raises InputError with the line, also of other words."""
     files = list(texts_in(path, r"^(?!.*__MACOSX).*\.txt$"))
     if len(files) != 1:
         raise InputError(f"{path}: wanted one .txt file in it, there are {len(files)}")
@@ -462,7 +462,7 @@ def read_vectors(path, wanted):
         if not row or len(row) != dim or not math.isfinite(sum(row)):
             raise InputError(f"{where}, line {number}: {line[:60]!r}, wanted a word and {dim or 'some'} numbers")
         if word in wanted:
-            vectors.setdefault(word, row)
+            vectors.setdefault(word, np.array(row))
     return vectors
 
 
@@ -548,22 +548,24 @@ class Vocabulary:
         position's own token; special tokens, padding, premises and words without substitutes have only that.
         """
         rows = [self.input_ids(words) for words in batch]
-        lengths = torch.tensor([len(row) for row in rows])
-        L = int(lengths.max())
-        ids = torch.tensor([row + [self.pad] * (L - len(row)) for row in rows])  # (B, L)
-        out = {"input_ids": ids, "attention_mask": (torch.arange(L) < lengths[:, None]).long()}
+        lengths = np.array([[len(row)] for row in rows])
+        L = lengths.max()
+        ids = np.array([row + [self.pad] * (L - len(row)) for row in rows])  # (B, L)
+        out = {"input_ids": ids, "attention_mask": (np.arange(L) < lengths).astype(np.int64)}
         if hull:
-            sets = [(token,) for token in ids.flatten().tolist()]  # the candidates of all B * L positions
+            numbers = {None: 0}  # of the batch's words that may change; None stands for what may not
+            index = np.zeros(ids.shape, dtype=np.int64)
             for b, words in enumerate(batch):
                 last = self.visible(words)[-1]
-                end = b * L + len(rows[b]) - 1  # the last [SEP]
-                sets[end - len(last) : end] = map(self.candidates, last)
-            counts = torch.tensor(list(map(len, sets))).reshape(*ids.shape, 1)
-            mask = torch.arange(int(counts.max())) < counts  # (B, L, K)
-            subs = torch.full(mask.shape, self.pad)
-            subs[mask] = torch.tensor([token for tokens in sets for token in tokens])
-            out |= {"subs": subs, "subs_mask": mask}
-        return out
+                end = len(rows[b]) - 1  # the last [SEP]
+                index[b, end - len(last) : end] = [numbers.setdefault(word, len(numbers)) for word in last]
+            others = [self.candidates(word)[1:] if word else () for word in numbers]
+            counts = np.array(list(map(len, others)))
+            K = 1 + counts.max()
+            table = np.array([row + (self.pad,) * (K - 1 - len(row)) for row in others], dtype=np.int64)
+            out["subs"] = np.concatenate([ids[..., None], table[index]], axis=2)
+            out["subs_mask"] = np.arange(K) <= counts[index][..., None]
+        return {name: torch.from_numpy(array) for name, array in out.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- 5. Batches

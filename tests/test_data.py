@@ -335,7 +335,7 @@ GOOD = "label\ttext\na\tx\na\ty\nb\tx\nb\ty\na\tz\nb\tz\n"
     ("train", "label\ttext\na\tx\na\ty\nb\tx\nb\ty\n", "class 'a' has 1 training examples"),
     ("test", "label\ttext\nc\tx\n", "test.tsv, line 2: label 'c' does not occur in train.tsv"),
     ("dev", GOOD + "c\tx\n", "dev.tsv, line 8: label 'c' does not occur"),
-    ("test", "label\ttext\ttext2\na\tx\ty\n", r"test.tsv, line 1: 'label\\ttext\\ttext2', wanted the header 'label\\ttext',"),
+    ("test", "label\ttext\ttext2\na\tx\ty\n", r"test.tsv, line 1: .*text2', wanted the header 'label\\ttext',"),
     ("test", None, "test.tsv: cannot be read .No such file"),
     ("train", None, "train.tsv: cannot be read .No such file"),
 ])
@@ -745,7 +745,7 @@ def test_batches_are_drawn_anew_but_repeatable_and_of_like_length():
 
 
 @pytest.mark.parametrize("y, batch_size, message", [
-    ([0, 0, 1], 4, r"classes of \[2, 1\] examples: wanted at least 2 classes and 2 examples"), ([0, 0, 1, 1], 3, "batches of 3 from"),
+    ([0, 0, 1], 4, r"classes of \[2, 1\] examples: wanted at least 2"), ([0, 0, 1, 1], 3, "batches of 3 from"),
     ([0, 0], 4, r"classes of \[2\]"), ([], 4, r"classes of \[\]"),
 ])
 def test_batches_that_cannot_be_balanced_are_refused(y, batch_size, message):
