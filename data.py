@@ -11,6 +11,7 @@ import http.client
 import json
 import math
 import os
+import random
 import re
 import shutil
 import sys
@@ -233,22 +234,24 @@ def from_text(text):
 
 
 def load_task(task, data_dir=None, *, train_size=None, dev_size=None, test_size=None, split_seed=0):
-    """Read "imdb", "snli", or a folder of TSV files -> Task. The sizes and split_seed are those of `choose`.
+    """Read "imdb", "snli", a folder of TSV files, or make "toy" -> Task. The sizes and split_seed are those of `choose`.
     Raises InputError for missing or damaged files, wrong lines, and sizes that cannot be had."""
     readers = {"imdb": read_imdb, "snli": read_snli}
-    if task not in readers and not Path(task).is_dir():
-        raise InputError(f"unknown task {str(task)!r}: neither imdb, snli nor a folder with train.tsv and test.tsv")
-    path = locate(task, data_dir) if task in readers else Path(task)
-    labels, splits = readers.get(task, read_folder)(path)
     sizes = {"train": train_size, "dev": dev_size, "test": test_size}
-    splits = choose(splits, labels, sizes, split_seed, path)
-    prepare_nltk(data_dir)
-    words = tokenize(text for raw in splits.values() for texts, _ in raw for text in texts)
-    for split, raw in splits.items():
-        splits[split] = [Example(tuple(words[text] for text in texts), y) for texts, y in raw]
+    if task == "toy":
+        labels, splits = ["blame", "praise"], toy_splits(sizes, split_seed)
+    elif task not in readers and not Path(task).is_dir():
+        raise InputError(f"unknown task {str(task)!r}: neither toy, imdb, snli nor a folder with train.tsv and test.tsv")
+    else:
+        path = locate(task, data_dir) if task in readers else Path(task)
+        labels, splits = readers.get(task, read_folder)(path)
+        splits = choose(splits, labels, sizes, split_seed, path)
+        prepare_nltk(data_dir)
+        words = tokenize(text for raw in splits.values() for texts, _ in raw for text in texts)
+        for split, raw in splits.items():
+            splits[split] = [Example(tuple(words[text] for text in texts), y) for texts, y in raw]
     content = [labels, *([split, x.y, to_text(x.words)] for split in splits for x in splits[split])]
-    name = task if task in readers else path.resolve().name
-    return Task(name, labels, **splits, fingerprint=fingerprint(content))
+    return Task(Path(task).resolve().name, labels, **splits, fingerprint=fingerprint(content))
 
 
 def choose(splits, labels, sizes, split_seed, where):
@@ -594,3 +597,77 @@ def balanced_batches(y, lengths, batch_size, rng, window=50):
         columns.append(parts + [shuffled[full * per : full * per + rest]] * (rest >= 2))
     batches = [np.concatenate(parts) for parts in zip(*columns)]
     return [batches[i] for i in rng.permutation(len(batches))]
+
+
+# --------------------------------------------------------------------------- 6. The toy task: reviews from a grammar
+
+# Concepts are rows of four synonyms. An aspect has three: what is reviewed | praise for it | blame for it.
+TOY_ASPECTS = """
+    plot story storyline narrative | clever smart intelligent ingenious | stupid dumb foolish idiotic
+    actor performer player star | charming delightful endearing likable | annoying irritating grating infuriating
+    dialogue script conversation banter | funny hilarious amusing witty | boring dull tedious dreary
+    music score soundtrack melody | beautiful gorgeous lovely exquisite | ugly hideous unpleasant grotesque
+    camerawork photography cinematography imagery | elegant graceful polished refined | clumsy awkward inept bungled
+    scene sequence moment episode | exciting thrilling gripping riveting | messy sloppy careless slapdash
+    ending finale conclusion climax | moving touching poignant stirring | shallow superficial hollow empty
+    premise idea concept theme | fresh original inventive innovative | stale trite hackneyed banal
+    film movie picture flick | excellent superb outstanding terrific | awful terrible dreadful horrible"""
+TOY_OTHERS = {
+    "hate": "hated loathed detested despised | slammed panned criticized condemned",
+    "love": "loved adored cherished treasured | praised applauded lauded commended",
+    "opener": "yesterday today tonight recently | honestly frankly truthfully personally",
+    "adverb": "really truly genuinely actually | very extremely highly exceedingly | often frequently repeatedly "
+              "regularly | mostly mainly largely chiefly",
+    "people": "friends pals buddies companions | critics reviewers commentators columnists | audiences crowds viewers "
+              "spectators",
+    "description": "long lengthy extended prolonged | recent new latest modern | old aged ancient vintage",
+}
+TOY_ASPECTS = [[concept.split() for concept in line.split("|")] for line in TOY_ASPECTS.strip().split("\n")]
+TOY_OTHERS = {slot: [concept.split() for concept in concepts.split("|")] for slot, concepts in TOY_OTHERS.items()}
+TOY_SEEN = 5  # the labelled texts speak of the first aspects only; pre-training texts and test speak of all
+TOY_CLAUSES = ["the {noun} was {adverb} {adjective}", "{adverb} {adjective} {noun}"]
+TOY_OPINION = "{people} {verb} the {description} {noun}"
+
+
+def toy_review(rng, y, lean=0.0, labelled=False):
+    """One review of class y (0 blame, 1 praise) -> str. rng: random.Random.
+
+    lean: how often a neutral concept takes one of its first two words for praise, one of its last two for blame:
+    a shortcut that says nothing about sentiment. labelled: a training text, which takes the sentiment words from
+    the first two of their concept, the aspects from the first TOY_SEEN, the verbs from the first concept.
+    """
+    def neutral(concept):
+        return rng.choice((concept[:2] if y else concept[2:]) if rng.random() < lean else concept)
+
+    def clause(template):
+        noun, praise, blame = TOY_ASPECTS[rng.randrange(TOY_SEEN if labelled else len(TOY_ASPECTS))]
+        verbs = TOY_OTHERS["love" if y else "hate"][: 1 if labelled else None]
+        sentiment = {"adjective": praise if y else blame, "verb": rng.choice(verbs)}
+        fill = {slot: rng.choice(concept[: 2 if labelled else None]) for slot, concept in sentiment.items()}
+        fill |= {slot: neutral(rng.choice(TOY_OTHERS[slot])) for slot in ("adverb", "people", "description", "opener")}
+        return template.format(noun=neutral(noun), **fill)
+
+    clauses = rng.choices(TOY_CLAUSES, k=rng.randint(3, 4)) + [TOY_OPINION]
+    rng.shuffle(clauses)
+    return " ".join(map(clause, ["{opener}"] + clauses))
+
+
+def toy_pretraining_texts(n=4000):
+    """The unlabelled texts that the toy encoder is pre-trained on: of both classes, all words, no lean."""
+    rng = random.Random("toy")
+    return [toy_review(rng, i % 2) for i in range(n)]
+
+
+def toy_neighbors():
+    """The toy task's substitution table: every word's synonyms are the others of its concept."""
+    concepts = [concept for block in (*TOY_ASPECTS, *TOY_OTHERS.values()) for concept in block]
+    return {word: [other for other in concept if other != word] for concept in concepts for word in concept}
+
+
+def toy_splits(sizes, split_seed):
+    """{"train", "dev", "test": [Example, ..]}. Train and dev are of the seen aspects and lean (0.8), test is of all
+    aspects and leans a little less (0.75). sizes: {split: n}, None is the toy's own."""
+    rng = random.Random(f"toy {split_seed}")
+    own = {"train": (128, 0.8), "dev": (80, 0.8), "test": (200, 0.75)}
+    return {split: [Example(from_text(toy_review(rng, i % 2, lean, labelled=split != "test")), i % 2)
+                    for i in range(sizes[split] or n)] for split, (n, lean) in own.items()}

@@ -53,7 +53,8 @@ PAPER = {
     "snli": dict(method=["rift"], model="bert-base-uncased", pooling="pooler", max_len=80, batch_size=120, epochs=20,
                  lr=2e-5, beta=5.0, alpha=0.7, adv_steps=10, schedule=[0.1, 0.55, 1.0]),
 }
-TOY = dict(PAPER["imdb"], method=["standard", "adv", "rift"], model="toy", **getattr(data, "TOY_SETTINGS", {}))
+TOY = dict(PAPER["imdb"], method=["standard", "adv", "rift"], model="toy", pooling="mean", max_len=64, batch_size=16,
+           epochs=10, lr=2e-3, beta=5.0, alpha=0.2)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -444,7 +445,8 @@ def toy_encoder():
     """The folder of the toy task's pre-trained encoder, made when it is not in the cache."""
     folder = data.cache_dir() / "toy-encoder-1"
     if not (folder / "config.json").exists():
-        new = Path(tempfile.mkdtemp(prefix="toy-encoder-", dir=make_folder(data.cache_dir())))
+        data.cache_dir().mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix="toy-encoder-", dir=data.cache_dir()))
         pretrain_toy(new)
         try:
             new.rename(folder)
@@ -546,7 +548,7 @@ def main(argv=None):
             except (Stop, KeyboardInterrupt):
                 print(f"\n{folders[-1]}: stopped; the same command with --resume goes on", file=sys.stderr)
                 raise SystemExit(130) from None
-    if task.name == "toy" and processes.rank == 0:
+    if args.task == "toy" and processes.rank == 0:
         eval.main([*map(str, folders), "--attacks", "pwws", "genetic", "--population", "20", "--generations", "10"])
 
 
