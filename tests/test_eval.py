@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -701,6 +702,8 @@ def test_wordnet_that_is_not_installed_is_one_line(run, capsys, monkeypatch):
     monkeypatch.setattr(data, "prepare_nltk", lambda data_dir=None, wordnet=False: wordnet and PREPARE_NLTK(data_dir, True))
     monkeypatch.setattr(data.nltk.data, "path", [])
     monkeypatch.setattr(data.nltk, "download", lambda *args, **kwargs: False)
+    not_there = mock.Mock(ensure_loaded=mock.Mock(side_effect=LookupError))      # another test may have loaded it
+    monkeypatch.setattr(data.nltk.corpus, "wordnet", not_there)
     error = refused(capsys, run, "--attacks", "pwws", "pwws-wordnet")
     assert "wordnet" in error and "nltk.downloader" in error
     assert not (run / "attacks.jsonl").exists()                                  # found before anything is attacked
