@@ -549,7 +549,8 @@ def main(argv=None):
                 print(f"\n{folders[-1]}: stopped; the same command with --resume goes on", file=sys.stderr)
                 raise SystemExit(130) from None
     if args.task == "toy" and processes.rank == 0:
-        eval.main([*map(str, folders), "--attacks", "pwws", "genetic", "--population", "20", "--generations", "10"])
+        eval.main([*map(str, folders), "--attacks", "pwws", "genetic", "--population", "20", "--generations", "10",
+                   "--num-examples", str(min(len(task.test), 200)), "--show", "1"])
 
 
 if __name__ == "__main__":
