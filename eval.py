@@ -484,7 +484,7 @@ def evaluate(folder, victim, plan, args):
 
     What attacks.jsonl already holds of the same settings is not attacked again. Raises InputError if its settings
     differ, and ValueError if the victim's probabilities are none.
-    Returns {"name", "labels", "clean": (N,) bool, attack: {"robust": (N,) bool, "lines": [dict], "settings"}}.
+    Returns {"name", "method", "labels", "clean": (N,) bool, attack: {"robust": (N,) bool, "lines": [dict], "settings"}}.
     """
     suffix = "" if args.split == "test" else f"-{args.split}"
     eval_path, lines_path = folder / f"eval{suffix}.json", folder / f"attacks{suffix}.jsonl"
@@ -512,7 +512,7 @@ def evaluate(folder, victim, plan, args):
     clean = P.argmax(1) == [plan.examples[i].y for i in texts]
     attacked = [i for i, correct in zip(texts, clean) if correct]
     record["clean"] = float(clean.mean())
-    found = {"name": str(folder), "labels": plan.task.labels, "clean": clean}
+    found = {"name": str(folder), "method": s["method"], "labels": plan.task.labels, "clean": clean}
     save()
     for name in args.attacks:
         lines = done.setdefault(name, {})
@@ -579,6 +579,23 @@ def comparison_table(found, names):
             changed = [x["words_changed"] / len(data.from_text(x["original"])[-1]) for x in lines if x["success"]]
             rows[-1] += [share(run[name]["robust"]), f"{np.mean(changed):.1%}" if changed else "-",
                          f"{np.mean([x['queries'] for x in lines]):.0f}" if lines else "-"]
+    return aligned(rows)
+
+
+def seeds_table(found, names):
+    """The same over seeds: a row a method, mean and standard deviation over its runs. Returns lines of text, [] where
+    no method has several runs."""
+    rows = [["method", "runs", "clean", *names]]
+    for method in dict.fromkeys(run["method"] for run in found):
+        runs = [run for run in found if run["method"] == method]
+        scores = [[(run["clean"] if name == "clean" else run[name]["robust"]).mean() for run in runs]
+                  for name in ("clean", *names)]
+        rows.append([method, str(len(runs)), *(f"{np.mean(x):.3f} (sd {np.std(x, ddof=len(x) > 1):.3f})" for x in scores)])
+    return aligned(rows) if len(rows) <= len(found) else []
+
+
+def aligned(rows):
+    """Rows of cells as lines of text, columns aligned."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
@@ -600,6 +617,9 @@ def report(groups, args):
     print(f"\nAccuracy on N {args.split} texts (seed {args.seed}) with its 95% Wilson interval; words: mean share of the "
           "words changed where\nthe attack succeeded; queries: mean number of texts asked, an attacked example\n")
     print("\n".join(comparison_table(found, args.attacks)))
+    for group in groups:
+        if table := seeds_table(group, args.attacks):
+            print("\n".join(["\nMean and standard deviation over runs:", *table]))
     for first, *others in groups:
         for run in others:
             print(f"\n{run['name']} minus {first['name']}, on the same texts, with the 95% bootstrap interval:")

@@ -727,3 +727,16 @@ def test_help_explains_every_flag(capsys):
         eval.main(["--help"])
     out = capsys.readouterr().out
     assert stop.value.code == 0 and "paper" in out and "(default: None)" not in out and Path(eval.__file__).name in out
+
+
+def test_seeds_are_averaged_by_method():
+    """0.5 and 1.0 are 0.75 on average with a standard deviation of 0.354; a single run of each method has no such table."""
+    def run(method, *correct):
+        return {"method": method, "clean": np.array(correct), "pwws": {"robust": np.array(correct)}}
+
+    runs = [run("adv", True, False), run("adv", True, True), run("rift", False, True)]
+    head, adv, rift_ = eval.seeds_table(runs, ["pwws"])
+    assert head.split() == ["method", "runs", "clean", "pwws"]
+    assert adv.split() == ["adv", "2", *["0.750", "(sd", "0.354)"] * 2]
+    assert rift_.split() == ["rift", "1", *["0.500", "(sd", "0.000)"] * 2]
+    assert eval.seeds_table(runs[1:], ["pwws"]) == []
