@@ -370,9 +370,9 @@ def open_folder(folder, config, resume, overwrite):
 def run(task, table, s, folder, processes, resume=False, overwrite=False):
     """One method, one seed: trains in `folder` and returns nothing; the results are its files."""
     device = processes.device(s["device"])
-    torch.manual_seed(s["seed"])                                # poolers, heads and projections that start at random
     if s["model"] == "toy":
         s = s | {"model": str(toy_encoder())}
+    torch.manual_seed(s["seed"])                                # poolers, heads and projections that start at random
     encoder, tokenizer = eval.load_encoder(s["model"])
     if s["max_len"] > eval.longest_input(encoder):
         raise InputError(f"--max-len {s['max_len']}: {s['model']} has positions for {eval.longest_input(encoder)} tokens at most")

@@ -276,3 +276,28 @@ def test_a_damaged_checkpoint_is_refused_by_name(plain_words, bert, tmp_path, ca
     with pytest.raises(SystemExit) as stop:
         train.main(arguments(task, bert, tmp_path / "runs", "--resume"))
     assert stop.value.code == 2 and "checkpoint.safetensors" in capsys.readouterr().err.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------------ the toy task
+
+
+def test_the_toy_encoder_in_the_cache_or_not_is_the_same_run(tmp_path, monkeypatch):
+    """The run that pre-trains the toy encoder and the one that finds it in the cache end with the same weights."""
+    real = train.pretrain_toy
+    monkeypatch.setattr(train, "pretrain_toy", lambda folder: real(folder, steps=3))
+    for out in ("pretrains", "finds"):
+        train.main(["--epochs", "1", "--method", "standard", "--train-size", "16", "--dev-size", "8", "--test-size", "8",
+                    "--out", str(tmp_path / out)])
+    assert same_weights(tmp_path / "pretrains" / "standard", tmp_path / "finds" / "standard")
+    assert json.loads((tmp_path / "finds" / "standard" / "eval.json").read_text())["settings"].keys() >= {"pwws", "genetic"}
+
+
+def test_the_toy_grammar():
+    """Synonyms are of one concept, all of a table's words are real candidates, and labelled texts are of fewer aspects."""
+    table = data.toy_neighbors()
+    assert all(word in table[other] for word in table for other in table[word]) and set(map(len, table.values())) == {3}
+    task = data.load_task("toy")
+    words = {split: {word for x in getattr(task, split) for word in x.words[0]} for split in ("train", "dev", "test")}
+    assert words["dev"] <= set(table) | {"the", "was"} and len(words["train"]) < len(words["test"])
+    assert not {x.words for x in task.train} & {x.words for x in task.test}
+    assert data.load_task("toy").fingerprint == task.fingerprint != data.load_task("toy", split_seed=1).fingerprint
