@@ -9,7 +9,8 @@ import pytest
 import eval
 import train
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 NAMES = sorted({name for name in re.findall(r"`((?:rift|attacks|data|train|eval)\.[\w.]+)(?:\([^`]*\))?`", README)
                 if not re.search(r"\.(py|jsonl?|tsv)$", name)})
 EXAMPLES = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "from_pretrained" not in code]
@@ -38,6 +39,13 @@ def test_every_command_parses(command, tmp_path):
         return
     argv = [str(tmp_path) if word == "FOLDER" else word for word in argv]
     {"train.py": train.parse, "eval.py": eval.parse}[script](argv)
+
+
+def test_the_tables_are_those_of_results():
+    """Every row of a table over several runs in the README stands in a file of results/, to the letter."""
+    results = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "results").glob("*.txt"))
+    rows = [line.strip() for line in README.splitlines() if re.search(r"\d \(sd \d", line)]
+    assert len(rows) >= 4 and all(row in results for row in rows)
 
 
 def test_there_is_something_to_check():
