@@ -112,7 +112,8 @@ class Processes:
         """{name: float} averaged over the processes."""
         if self.world == 1:
             return values
-        x = torch.tensor(list(values.values()), dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        x = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
         dist.all_reduce(x)
         return dict(zip(values, (x / self.world).tolist()))
 
@@ -134,8 +135,9 @@ class Training:
         self.parallel = processes.wrap(model)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         own = [p for name, p in self.parameters.items() if not name.startswith("encoder.")]
-        self.adamw = torch.optim.AdamW([{"params": list(model.encoder.parameters()), "weight_decay": 0.0},
-                                        {"params": own, "weight_decay": s["weight_decay"]}], lr=s["lr"], eps=s["adam_eps"])
+        groups = [{"params": list(model.encoder.parameters()), "weight_decay": 0.0},
+                  {"params": own, "weight_decay": s["weight_decay"]}]
+        self.adamw = torch.optim.AdamW(groups, lr=s["lr"], eps=s["adam_eps"])
         self.progress = {"epoch": 0, "batch": 0, "step": 0,                 # where the next step stands
                          "sums": {}, "seconds": 0.0,                        # of this epoch so far
                          "best": {"epoch": None, "dev_hull": -1.0}, "log": []}
@@ -288,7 +290,8 @@ def fit(training, task, vocabulary, s, folder):
                     index = torch.as_tensor(rows, device=device)
                     totals = train_step(training, batch, y[index], None if T is None else T[index], s)
                     at["sums"] = {name: at["sums"].get(name, 0.0) + value for name, value in totals.items()}
-                    at["batch"], at["step"], at["seconds"] = at["batch"] + 1, at["step"] + 1, at["seconds"] + time.monotonic() - start
+                    at["batch"], at["step"] = at["batch"] + 1, at["step"] + 1
+                    at["seconds"] += time.monotonic() - start
                     bar.set_postfix({name: f"{value:.3f}" for name, value in totals.items()})
                     if at["step"] == 3 and processes.rank == 0:
                         announce(at["seconds"] / 3 * len(batches) * s["epochs"], device)
@@ -306,7 +309,8 @@ def fit(training, task, vocabulary, s, folder):
                 saved = time.monotonic()
                 if processes.rank == 0:
                     data.write_atomically(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in at["log"]))
-                    tqdm.write(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), sys.stderr)
+                    shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
+                    tqdm.write(" ".join(shown), sys.stderr)
         except Stop:
             training.save(folder / "checkpoint.safetensors")
             raise
@@ -334,7 +338,8 @@ def finish(training, task, vocabulary, s, folder):
     vocabulary.tokenizer.save_pretrained(new)
     shutil.rmtree(folder / "encoder", ignore_errors=True)
     new.rename(folder / "encoder")
-    metrics = {"method": s["method"], "task": task.name, "seed": s["seed"], "best_epoch": training.progress["best"]["epoch"],
+    metrics = {"method": s["method"], "task": task.name, "seed": s["seed"],
+               "best_epoch": training.progress["best"]["epoch"],
                "clean": eval.accuracy(clean, task.test), "hull": eval.accuracy(hull, task.test)}
     write_json(folder / "metrics.json", metrics)
     for name in ("best.safetensors", "checkpoint.safetensors"):
@@ -353,12 +358,14 @@ def open_folder(folder, config, resume, overwrite):
     """
     if (folder / "config.json").exists() and not overwrite:
         if not resume:
-            raise InputError(f"{folder}: holds a run already; --resume goes on with it, --overwrite replaces it, or another --out")
+            raise InputError(f"{folder}: holds a run already; --resume goes on with it, --overwrite replaces it, or "
+                             "another --out")
         before = eval.read_json(folder / "config.json")
         for part in ("settings", "fingerprints"):
             for key, value in config[part].items():
-                if before.get(part, {}).get(key) != value and key not in ("data_dir", "device", "save_minutes", "eval_batch_size"):
-                    raise InputError(f"{folder}: --resume with {key} {value}, but the run has {before.get(part, {}).get(key)}")
+                then = before.get(part, {}).get(key)
+                if then != value and key not in ("data_dir", "device", "save_minutes", "eval_batch_size"):
+                    raise InputError(f"{folder}: --resume with {key} {value}, but the run has {then}")
         return (folder / "metrics.json").exists()
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
@@ -375,12 +382,14 @@ def run(task, table, s, folder, processes, resume=False, overwrite=False):
     torch.manual_seed(s["seed"])                                # poolers, heads and projections that start at random
     encoder, tokenizer = eval.load_encoder(s["model"])
     if s["max_len"] > eval.longest_input(encoder):
-        raise InputError(f"--max-len {s['max_len']}: {s['model']} has positions for {eval.longest_input(encoder)} tokens at most")
+        raise InputError(f"--max-len {s['max_len']}: {s['model']} has positions for {eval.longest_input(encoder)} tokens "
+                         "at most")
     y = [x.y for x in task.train]
     data.balanced_batches(y, y, s["batch_size"], np.random.default_rng(0))      # refuses what cannot be balanced
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in encoder.parameters()))
     config = {"settings": s, "labels": task.labels,
-              "fingerprints": {"data": task.fingerprint, "neighbors": data.table_fingerprint(table), "encoder": digest.hexdigest()},
+              "fingerprints": {"data": task.fingerprint, "neighbors": data.table_fingerprint(table),
+                               "encoder": digest.hexdigest()},
               "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}}
     if processes.rank == 0:
         done = open_folder(folder, config, resume, overwrite)
@@ -473,29 +482,36 @@ def parse(argv):
                                           if default is not None else ""), **kinds)
 
     flag("--task", "toy, imdb, snli, or a folder with train.tsv, test.tsv and perhaps dev.tsv", default="toy", metavar="TASK")
-    flag("--method", f"one or more of {', '.join(METHODS)}; they train one after another", nargs="+", choices=METHODS, metavar="NAME")
-    flag("--seeds", "of heads, batches, dropout and the adversary's noise", nargs="+", type=number(int, 0), default=[0], metavar="S")
+    flag("--method", f"one or more of {', '.join(METHODS)}; they train one after another", nargs="+", choices=METHODS,
+         metavar="NAME")
+    flag("--seeds", "of heads, batches, dropout and the adversary's noise", nargs="+", type=number(int, 0), default=[0],
+         metavar="S")
     flag("--model", "a BERT or RoBERTa encoder: a name on the hub or a folder", metavar="NAME_OR_DIR")
     flag("--pooling", "S and T: the encoder's pooler, or the mean over tokens", choices=("pooler", "mean"))
     flag("--unknown-words", "a word outside the vocabulary becomes its first piece, or [UNK] (the authors' rule)",
          choices=("piece", "unk"), default="piece")
     flag("--device", "such as cpu or cuda:0; else a GPU if there is one")
-    flag("--precision", "of the encoder; losses are always fp32. auto: bf16 on GPUs that have it", choices=("auto", "fp32", "bf16"), default="auto")
+    flag("--precision", "of the encoder; losses are always fp32. auto: bf16 on GPUs that have it",
+         choices=("auto", "fp32", "bf16"), default="auto")
     flag("--data-dir", "where archives, tables and NLTK data are looked for before the cache", metavar="DIR")
-    flag("--neighbors", "substitution table: vectors (.txt, .zip), a table (.json) or wordnet; else the counter-fitted vectors", metavar="FILE")
+    flag("--neighbors", "substitution table: vectors (.txt, .zip), a table (.json) or wordnet; else the counter-fitted "
+         "vectors", metavar="FILE")
     flag("--train-size", "class-balanced subset, texts (paper: all)", type=positive, metavar="N")
     flag("--dev-size", "texts (imdb: 1,000 of train)", type=positive, metavar="N")
     flag("--test-size", "texts (paper: all)", type=positive, metavar="N")
-    flag("--split-seed", "of the subsets: the same for every method and seed", type=number(int, 0), default=0, metavar="S")
+    flag("--split-seed", "of the subsets: the same for every method and seed", type=number(int, 0), default=0,
+         metavar="S")
     flag("--max-len", "longest input in tokens, special tokens included", type=number(int, 4), metavar="L")
     flag("--epochs", "passes over the smallest class", type=positive, metavar="N")
     flag("--batch-size", "texts a step", type=positive, metavar="B")
-    flag("--micro-batch-size", "texts a forward pass, gradients add up to the batch; L_info compares within these (default: the batch)",
-         type=positive, metavar="B")
+    flag("--micro-batch-size", "texts a forward pass, gradients add up to the batch; L_info compares within these "
+         "(default: the batch)", type=positive, metavar="B")
     flag("--eval-batch-size", "texts a forward pass in evaluation", type=positive, default=64, metavar="B")
     flag("--lr", "AdamW's learning rate after the warm-up", type=number(float, 0, low_open=True))
-    flag("--schedule", "factors of lr in the first epochs, the last one stays", type=number(float, 0), nargs="+", metavar="F")
-    flag("--weight-decay", "AdamW's, on head and projections; the encoder has none", type=number(float, 0), default=2e-4)
+    flag("--schedule", "factors of lr in the first epochs, the last one stays", type=number(float, 0), nargs="+",
+         metavar="F")
+    flag("--weight-decay", "AdamW's, on head and projections; the encoder has none", type=number(float, 0),
+         default=2e-4)
     flag("--adam-eps", "AdamW's epsilon", type=number(float, 0, low_open=True), default=1e-6)
     flag("--alpha", "weight of L_info", type=number(float, 0))
     flag("--beta", "weight of the KL term", type=number(float, 0))
@@ -504,10 +520,12 @@ def parse(argv):
     flag("--adv-lr", "learning rate of the adversary's Adam", type=number(float, 0), default=1.0)
     flag("--adv-weight-decay", "of the adversary's Adam", type=number(float, 0), default=2e-5)
     flag("--sparsity", "weight of the entropy that the adversary avoids", type=number(float, 0), default=15.0)
-    flag("--candidates", "words of a position in the hull at most, the word itself included", type=positive, default=10, metavar="K")
+    flag("--candidates", "words of a position in the hull at most, the word itself included", type=positive,
+         default=10, metavar="K")
     flag("--ptwd", "lambda, weight of ||theta_s - theta_t||_2 in adv-ptwd", type=number(float, 0), default=0.01)
     flag("--mixout", "p of adv-mixout", type=number(float, 0, 0.999), default=0.7)
-    flag("--out", "each run has its folder OUT/METHOD, or OUT/METHOD-SEED with several seeds (default: runs/TASK)", type=Path, metavar="DIR")
+    flag("--out", "each run has its folder OUT/METHOD, or OUT/METHOD-SEED with several seeds (default: runs/TASK)",
+         type=Path, metavar="DIR")
     flag("--resume", "go on with runs that were stopped; finished ones are left alone", action="store_true")
     flag("--overwrite", "replace runs that are there", action="store_true")
     flag("--save-minutes", "between checkpoints within an epoch", type=number(float, 0), default=10.0)
