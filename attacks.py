@@ -295,11 +295,13 @@ class CausalLM:
     Called with a list of N windows (tuples of words), it returns (N,) float64: the sum of log p(token | tokens
     before) over the window's words joined by spaces, in natural log. BOS (EOS where there is none) goes first so
     that the first word is scored too; a tokenizer without either leaves its first token unscored.
-    Raises OSError where the folder or name holds no model with safetensors weights.
+    Raises OSError where the folder or name holds no model with safetensors weights, ValueError for a masked one.
     """
 
     def __init__(self, name_or_dir, device="cpu", batch_size=64):
         self.tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=False)
+        if self.tokenizer.mask_token is not None:  # would be loaded with a head of random weights
+            raise ValueError(f"{name_or_dir}: is a masked language model, wanted a causal one such as GPT-2")
         model = AutoModelForCausalLM.from_pretrained(name_or_dir, use_safetensors=True, trust_remote_code=False)
         self.model, self.device, self.batch_size = model.float().to(device).eval(), device, batch_size
 

@@ -604,3 +604,9 @@ def test_the_golden_command_prints_one_json_object(tmp_path, capsys):
     printed, = json.loads(capsys.readouterr().out)["cases"]
     assert printed["adv"] in ("a fine film", "a great film") and not printed["success"]
     assert printed["genetic_robust"] and printed["queries"] == 1 + 3 + 2
+
+
+def test_a_masked_model_is_no_causal_model(model_folder):
+    """BERT and RoBERTa would load, with a head of random weights."""
+    with pytest.raises(ValueError, match="masked language model"):
+        attacks.CausalLM(model_folder)
