@@ -292,6 +292,19 @@ def test_the_genetic_attack_never_loses_its_best_text(C):
     assert (np.diff(best) <= 1e-12).all() and best[-1] < best[0]
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_the_best_text_survives_children_that_are_worse(seed):
+    """Every text has a random probability, so a child of good parents is no better than chance: only a best member
+    that is kept can be returned."""
+    def probabilities(words):
+        p = 0.6 + 0.3 * np.random.default_rng([ord(letter) for letter in "".join(words)]).random()
+        return [1 - p, p]                                                # class 1 stays ahead: every generation is run
+
+    words, synonyms = tuple("abcdef"), [[letter * 2, letter * 3] for letter in "abcdef"]
+    returned, rounds = drive(genetic(words, 1, synonyms, np.random.default_rng(seed), 6, 8), probabilities)
+    assert probabilities(returned)[1] == min(P[:, 1].min() for _, P in rounds)
+
+
 def test_the_children_of_the_last_generation_are_checked():
     def probabilities(words):  # two changes fool it: a start has one, only a child can have two
         p = [0.7, 0.6, 0.1][(words[0] == "a1") + (words[1] == "b1")]
