@@ -117,7 +117,8 @@ def hull(encoder, input_ids, subs, subs_mask):
     # Texts share candidates: embed each (token, position) pair of the batch once.
     pairs, inverse = torch.unique(subs[free] * L + l.unsqueeze(-1), return_inverse=True)   # (M,), (P, K)
     rows = encoder.embeddings(input_ids=(pairs // L).unsqueeze(0), position_ids=position_ids[:, pairs % L])
-    return e, rows[0][inverse], free                                             # rows: (1, M, H)
+    # F.embedding and not rows[0][inverse]: the gradient of indexing adds up in any order on several threads.
+    return e, F.embedding(inverse, rows[0]), free                                # rows: (1, M, H)
 
 
 def weights(v, subs_mask):
