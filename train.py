@@ -380,7 +380,7 @@ def run(task, table, s, folder, processes, resume=False, overwrite=False):
     if s["model"] == "toy":
         s = s | {"model": str(toy_encoder())}
     torch.manual_seed(s["seed"])                                # poolers, heads and projections that start at random
-    encoder, tokenizer = eval.load_encoder(s["model"])
+    encoder, tokenizer = eval.load_encoder(s["model"], attention=eval.attention_for(device, s["precision"]))
     if s["max_len"] > eval.longest_input(encoder):
         raise InputError(f"--max-len {s['max_len']}: {s['model']} has positions for {eval.longest_input(encoder)} tokens "
                          "at most")

@@ -4,11 +4,13 @@
     python -m tests.benchmark train attacks --json ratios.json --scaling      chosen parts, and how the cost grows
 
 Every ratio is baseline time / our time, measured in one process by turns, with the same weights, texts, torch,
-threads and attention kernels. The baseline is fp32 throughout, also beside our bf16. What it does is written here:
+threads and attention kernels. The baseline is fp32 throughout, also beside our bf16, with torch's fused attention;
+ours has that too, but in bf16 on CPUs (eval.attention_for). What the baseline does is written here:
 
 - `plain_step`, training: every text padded to the longest input, embeddings (B, L, K, H) of all K = 10 candidates of
-  every position mixed by einsum, parameter gradients accumulated while the adversary searches, a forward pass each
-  for cross-entropy, the clean side of KL, its adversarial side, and L_info, the teacher run at every step.
+  every position mixed by einsum, the last layer's output computed for every token, parameter gradients accumulated
+  while the adversary searches, a forward pass each for cross-entropy, the clean side of KL, its adversarial side, and
+  L_info, the teacher run at every step.
 - `plain_probabilities`, evaluation: batches of 32 texts in the order given, each padded to the longest input.
 - `plain_attack`: one query at a time, padded likewise, nothing remembered: PWWS scores the original again for each
   candidate, genetic its base member for each perturbation. The attacks themselves are this project's generators.
@@ -75,6 +77,13 @@ def plain_batch(vocabulary, texts):
             "subs_mask": padded(batch["subs_mask"], (B, L, K), False)}
 
 
+def plain_features(encoder, input_ids, attention_mask, e=None):
+    """S = F_s(x) (B, H): every layer's output for every token, then the pooler. e (B, L, H): embeddings to use."""
+    with rift.embeddings_are(encoder, e):
+        return encoder(input_ids=input_ids, attention_mask=attention_mask,
+                       position_ids=rift.positions_of(encoder, input_ids.shape[1])).pooler_output
+
+
 def plain_step(model, adamw, input_ids, attention_mask, subs, subs_mask, y, v, s):
     """A training step of RIFT, line by line as the paper has it (method sections 1 and 2).
 
@@ -86,7 +95,7 @@ def plain_step(model, adamw, input_ids, attention_mask, subs, subs_mask, y, v, s
     m = subs_mask.float()
 
     def F_s(e=None):
-        return rift.features(encoder, input_ids, attention_mask, s["pooling"], e)            # (B, H)
+        return plain_features(encoder, input_ids, attention_mask, e)                         # (B, H)
 
     def candidates():
         positions = position_ids[..., None].expand(B, L, K).reshape(B, L * K)
@@ -117,7 +126,7 @@ def plain_step(model, adamw, input_ids, attention_mask, subs, subs_mask, y, v, s
     ce = F.cross_entropy(head(F_s()), y)
     kl = rift.kl_divergence(head(F_s()), head(F_s(mixture(w, candidates()))))
     with torch.no_grad():
-        T = rift.features(model.teacher, input_ids, attention_mask, s["pooling"])            # (B, H)
+        T = plain_features(model.teacher, input_ids, attention_mask)                         # (B, H)
     info = rift.L_info(F_s(mixture(w, candidates())), T, y, model.g, model.h, s["tau"])
     loss = ce + s["beta"] * kl + s["alpha"] * info
     loss.backward()
@@ -134,7 +143,7 @@ def plain_probabilities(model, vocabulary, texts, batch_size=32):
         shape = len(batch["input_ids"]), vocabulary.max_len
         ids = padded(batch["input_ids"], shape, vocabulary.pad).to(device)
         mask = padded(batch["attention_mask"], shape).to(device)
-        P.append(torch.softmax(model.head(rift.features(model.encoder, ids, mask, model.pooling)), -1).cpu())
+        P.append(torch.softmax(model.head(plain_features(model.encoder, ids, mask)), -1).cpu())
     return torch.cat(P).numpy()
 
 
@@ -159,6 +168,12 @@ def plain_attack(model, vocabulary, example, method, name, rescored):
 
 # ----------------------------------------------------------------------------------------------------------
 # Texts and models
+
+
+def attend(model, precision):
+    """Gives both encoders the attention that ours uses in this precision; the baseline has that of fp32."""
+    for encoder in (model.encoder, model.teacher):
+        encoder.set_attn_implementation(eval.attention_for(encoder.device, precision))
 
 
 def random_encoder():
@@ -304,12 +319,14 @@ def training(bench, name):
     used = [i for rows in chosen for i in rows]
     for p in trainings:
         victim = eval.Victim(model, vocabulary, precision=p)
+        attend(model, p)
         victim.features([texts[i] for i in chosen[0]], model.teacher)                        # warm-up
         t, T = bench.seconds(victim.features, [texts[i] for i in used], model.teacher)
         spent[p] += t / EPOCHS
         teacher[p] = dict(zip(used, T))
 
     def plain(rows, v):
+        attend(model, "fp32")
         batch = {k: tensor.to(bench.device) for k, tensor in plain_batch(vocabulary, [texts[i] for i in rows]).items()}
         return plain_step(model, adamw, **batch, y=torch.tensor(y[rows], device=bench.device), v=v, s=s)
 
@@ -317,6 +334,7 @@ def training(bench, name):
         batch = vocabulary.encode([texts[i] for i in rows], hull=True)
         batch = {k: tensor.to(bench.device) for k, tensor in batch.items()}
         state, settings = trainings[precision]
+        attend(model, precision)
         given = mock.patch.object(rift, "noise", lambda subs, max_len: padded(v, subs.shape))
         if w is not None:
             given = mock.patch.object(rift, "adversary", lambda *_, **__: padded(w, batch["subs"].shape))
@@ -441,6 +459,7 @@ def clean(bench):
     """Class probabilities of real reviews -> {name: row}."""
     model, vocabulary = bench.model("imdb")
     texts = [vocabulary.visible(x.words) for x in bench.task("imdb").test[:bench.args.num_clean]]
+    attend(model, "fp32")
     victim = eval.Victim(model, vocabulary)
     spent, found = {}, {}
     for name, function in (("plain", functools.partial(plain_probabilities, model, vocabulary)),
@@ -454,6 +473,7 @@ def attacked(bench):
     """PWWS and genetic on real reviews of up to 100 words that the victim gets right -> {name: row}."""
     model, vocabulary = bench.model("imdb")
     short = [(i, data.to_text(x.words), x.y) for i, x in enumerate(bench.task("imdb").test) if len(x.words[0]) <= 100]
+    attend(model, "fp32")
     P = eval.Victim(model, vocabulary)([text for _, text, _ in short])
     right = [example for example, p in zip(short, P) if p.argmax() == example[2]]
     print(f"victim of the attacks: right on {len(right) / len(short):.0%} of {len(short)} reviews", file=sys.stderr)
@@ -465,11 +485,13 @@ def attacked(bench):
             ("genetic", genetic, ("fp32",), max(bench.args.attack_examples // 3, 1),
              lambda queries, words: POPULATION)):                                           # once for each perturbation
         examples, spent, found = right[:n], 0.0, []
+        attend(model, "fp32")
         for example in tqdm(examples, f"attacks/{name}: baseline", leave=False):
             t, result = bench.seconds(plain_attack, model, vocabulary, example, method, name, rescored)
             spent, found = spent + t, found + [result]
         for p in precisions:
             victim = eval.Victim(model, vocabulary, precision=p)
+            attend(model, p)
             victim([text for _, text, _ in examples])                                        # warm-up
             run = attacks.attack(victim, examples, method, vocabulary.neighbors, name=name)
             t, ours = bench.seconds(list, run)
@@ -510,6 +532,7 @@ def scaling(bench):
 
         out[f"scaling/{what}/{value}"] = {}
         for precision in ("fp32", "bf16"):
+            attend(model, precision)
             step(4, precision)                                                               # warm-up
             out[f"scaling/{what}/{value}"][precision + "_s"] = bench.seconds(step, p["batch"], precision)[0]
     return out
