@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import shlex
 import sys
 import tempfile
@@ -29,7 +30,9 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import transformers
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
@@ -110,6 +113,79 @@ def pick_precision(name, device):
 def autocast(device, precision):
     """The region in which encoders compute in bfloat16, if that is the precision."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+# ---- One process or many -------------------------------------------------------------------------
+
+
+class Processes:
+    """The processes that torchrun started, or this one alone: what has to be done differently stands here only.
+
+    In training every process draws the same batches and takes its share of each; L_info compares the texts of all. In
+    evaluation each attacks its share of the examples. The first process alone writes and prints.
+    """
+
+    def __init__(self):
+        if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+    def device(self, name):
+        """The device of this process: the one named, else its own GPU, else the CPU."""
+        if self.world > 1 and not name and torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        return pick_device(name)
+
+    def share(self, rows, y):
+        """This process's part of a balanced batch: of each class every world-th text, the same number everywhere.
+
+        rows: (B,) ints, y: their classes. Where the processes do not divide a class, the rest is left out.
+        """
+        parts = [rows[y == c] for c in np.unique(y)]                                    # C arrays of N rows
+        return np.concatenate([part[:len(part) // self.world * self.world][self.rank::self.world] for part in parts])
+
+    def wrap(self, model):
+        """The model as it is called in training: gradients are averaged over the processes."""
+        if self.world == 1:
+            return model
+        device = model.encoder.device
+        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                       find_unused_parameters=True)
+
+    def gather(self, x):
+        """(b, ..) of this process -> (B, ..) of all, with gradients for this process's part.
+
+        Every process computes L_info on the whole batch, but only its own part reaches its encoder, and averaging
+        then divides by the number of processes: the gradient of that part is multiplied by it (the value is not).
+        """
+        if self.world == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.world)]
+        dist.all_gather(parts, x.detach().contiguous())
+        parts[self.rank] = x + (self.world - 1) * (x - x.detach()) if x.requires_grad else x
+        return torch.cat(parts)
+
+    def mean(self, values):
+        """{name: float} averaged over the processes."""
+        if self.world == 1:
+            return values
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        x = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+        dist.all_reduce(x)
+        return dict(zip(values, (x / self.world).tolist()))
+
+    def collect(self, mine):
+        """This process's dict -> the dicts of all processes in one."""
+        parts = [mine] * self.world
+        if self.world > 1:
+            dist.all_gather_object(parts, mine)
+        return {key: value for part in parts for key, value in part.items()}
+
+    def wait(self):
+        """Returns when all processes have come here."""
+        if self.world > 1:
+            dist.barrier()
 
 
 # ---- Data and models ------------------------------------------------------------------------------
@@ -465,11 +541,11 @@ def read_scores(task_name, data_dir, sentences):
         raise InputError(f"language-model scores: {first_line(error)}; --lm-constraint none attacks without them") from None
 
 
-def run_attack(name, method, table, victim, plan, texts, pending, args):
+def run_attack(name, method, table, victim, plan, texts, pending, args, progress):
     """Yields the attacks.Result of each pending example as it is finished. texts: {index: text} of all chosen ones."""
     y, wanted = {i: plan.examples[i].y for i in texts}, set(pending)
     if name == "hull":              # quick, and all at once: where one is pending all are attacked, in the same batches
-        predictions, adversarial = method(victim, [plan.examples[i] for i in texts], seed=args.seed, progress=True)
+        predictions, adversarial = method(victim, [plan.examples[i] for i in texts], seed=args.seed, progress=progress)
         for i, prediction, words in zip(texts, predictions.tolist(), adversarial):
             if i in wanted:
                 changed = sum(a != b for a, b in zip(data.from_text(texts[i])[-1], words[-1]))
@@ -482,15 +558,15 @@ def run_attack(name, method, table, victim, plan, texts, pending, args):
         return plan.allowed(index, words, lists) if name == "genetic" else lists
 
     yield from attacks.attack(victim, [(i, texts[i], y[i]) for i in pending], method, synonyms, seed=args.seed,
-                              batch_size=args.batch_size, name=name)
+                              batch_size=args.batch_size, progress=progress, name=name)
 
 
-def evaluate(folder, victim, plan, args):
+def evaluate(folder, victim, plan, args, processes):
     """Clean accuracy and every attack asked for on the chosen examples of one run; writes eval.json, attacks.jsonl
     and, for test, the attacks' figures into metrics.json.
 
-    What attacks.jsonl already holds of the same settings is not attacked again. Raises InputError if its settings
-    differ, and ValueError if the victim's probabilities are none.
+    What attacks.jsonl already holds of the same settings is not attacked again; what is left is shared out among the
+    processes, and the first of them writes the files. Raises InputError if its settings differ, and ValueError if the victim's probabilities are none.
     Returns {"name", "method", "labels", "clean": (N,) bool, attack: {"robust": (N,) bool, "lines": [dict], "settings"}}.
     """
     suffix = "" if args.split == "test" else f"-{args.split}"
@@ -507,9 +583,12 @@ def evaluate(folder, victim, plan, args):
         if name == "genetic":
             settings[name]["lm_constraint"] = plan.lm
     before, done = ({}, {}) if args.overwrite else earlier(eval_path, lines_path, settings)
+    processes.wait()                # all have read what was there: the first one may write
     record = before | {"num_examples": len(plan.chosen), "settings": before.get("settings", {}) | settings}
 
     def save():                     # lines in one order, however often interrupted; then what vouches for them
+        if processes.rank:
+            return
         kept = [done[name][i] for name in ATTACKS if name in done for i in plan.chosen if i in done[name]]
         data.write_atomically(lines_path, "".join(json.dumps(line) + "\n" for line in kept))
         write_json(eval_path, record)
@@ -524,17 +603,20 @@ def evaluate(folder, victim, plan, args):
     for name in args.attacks:
         lines = done.setdefault(name, {})
         if pending := [i for i in attacked if i not in lines]:
-            with open(lines_path, "a", encoding="utf-8") as file:
-                for result in run_attack(name, methods[name], tables[name], victim, plan, texts, pending, args):
-                    lines[result.index] = {key: getattr(result, key) for key in LINE}
-                    file.write(json.dumps(lines[result.index]) + "\n")
-                    file.flush()
+            processes.wait()                                                     # for the file that save() has replaced
+            mine, new = pending[processes.rank::processes.world], {}
+            with open(lines_path, "ab", buffering=0) as file:                    # a line a write, whoever writes
+                for result in run_attack(name, methods[name], tables[name], victim, plan, texts, mine, args,
+                                         progress=processes.rank == 0):
+                    new[result.index] = {key: getattr(result, key) for key in LINE}
+                    file.write(json.dumps(new[result.index]).encode() + b"\n")
+            lines |= processes.collect(new)
         survived = {i for i in attacked if lines[i]["prediction"] == lines[i]["label"]}
         robust = np.array([i in survived for i in texts])
         found[name] = {"robust": robust, "lines": [lines[i] for i in attacked], "settings": settings[name]}
         record[name] = float(robust.mean())
         save()
-    if args.split == "test":        # its "hull" stays what training measured on the whole test set
+    if args.split == "test" and processes.rank == 0:         # its "hull" stays what training measured on all of test
         metrics = {key: value for key, value in read_json(folder / "metrics.json").items() if key not in ATTACKS[:3]}
         write_json(folder / "metrics.json", metrics | {name: record[name] for name in ATTACKS[:3] if name in record})
     return found
@@ -769,7 +851,7 @@ def parse(argv):
     return args
 
 
-def compare(args):
+def compare(args, processes):
     """Evaluates every run and prints the comparison. Raises InputError."""
     same_data = {}                                       # the runs of one data set are compared with each other
     for folder in args.runs:
@@ -781,7 +863,7 @@ def compare(args):
         plan = make_plan(settings_of(folders[0]), args)
         groups.append([])
         for folder in folders:
-            victim = load_run(folder, args.device, args.precision, args.batch_size)
+            victim = load_run(folder, processes.device(args.device), args.precision, args.batch_size)
             s = victim.config["settings"]
             if plan.task.fingerprint != victim.config["fingerprints"].get("data"):
                 raise InputError(f"{folder}: was trained on other data than is found now: the fingerprints differ")
@@ -790,7 +872,7 @@ def compare(args):
                 victim.vocabulary = data.Vocabulary(victim.vocabulary.tokenizer, s["max_len"], table, s["unknown_words"],
                                                     s["candidates"])
             try:
-                groups[-1].append(evaluate(folder, victim, plan, args))
+                groups[-1].append(evaluate(folder, victim, plan, args, processes))
             except OSError as error:
                 raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
             except ValueError as error:
@@ -804,13 +886,16 @@ def main(argv=None):
     args = parse(argv)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    processes = Processes()
+    if processes.rank:
+        sys.stdout = open(os.devnull, "w")
     if args.attacks or not args.plot:
         try:
-            compare(args)
+            compare(args, processes)
         except KeyboardInterrupt:
             again = shlex.join(str(arg) for arg in argv if arg != "--overwrite")
             raise KeyboardInterrupt(f"the finished examples are kept, go on with: python eval.py {again}") from None
-    if args.plot:
+    if args.plot and processes.rank == 0:
         plot(args.runs, args.plot, args.plot_attack)
 
 

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import shutil
 import signal
 import sys
@@ -24,9 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import transformers
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer
 
@@ -34,7 +31,7 @@ import data
 import eval
 import rift
 from data import InputError
-from eval import autocast, number, positive, write_json
+from eval import Processes, autocast, number, positive, write_json
 
 # Section 6: the terms that each method adds to the cross-entropy. What is not listed is not computed.
 METHODS = {
@@ -55,72 +52,6 @@ PAPER = {
 }
 TOY = dict(PAPER["imdb"], method=["standard", "adv", "rift"], model="toy", pooling="mean", max_len=64, batch_size=16,
            epochs=10, lr=2e-3, beta=5.0, alpha=0.2)
-
-
-# ------------------------------------------------------------------------------------------------
-# One process or many
-
-
-class Processes:
-    """The processes that torchrun started, or this one alone: what a run has to do differently stands here only.
-
-    Every process draws the same batches and trains on its share of each; L_info compares the texts of all.
-    """
-
-    def __init__(self):
-        if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-    def device(self, name):
-        """The device of this process: the one named, else its own GPU, else the CPU."""
-        if self.world > 1 and not name and torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        return eval.pick_device(name)
-
-    def share(self, rows, y):
-        """This process's part of a balanced batch: of each class every world-th text, the same number everywhere.
-
-        rows: (B,) ints, y: their classes. Where the processes do not divide a class, the rest is left out.
-        """
-        parts = [rows[y == c] for c in np.unique(y)]                                    # C arrays of N rows
-        return np.concatenate([part[:len(part) // self.world * self.world][self.rank::self.world] for part in parts])
-
-    def wrap(self, model):
-        """The model as it is called in training: gradients are averaged over the processes."""
-        if self.world == 1:
-            return model
-        device = model.encoder.device
-        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                       find_unused_parameters=True)
-
-    def gather(self, x):
-        """(b, ..) of this process -> (B, ..) of all, with gradients for this process's part.
-
-        Every process computes L_info on the whole batch, but only its own part reaches its encoder, and averaging
-        then divides by the number of processes: the gradient of that part is multiplied by it (the value is not).
-        """
-        if self.world == 1:
-            return x
-        parts = [torch.empty_like(x) for _ in range(self.world)]
-        dist.all_gather(parts, x.detach().contiguous())
-        parts[self.rank] = x + (self.world - 1) * (x - x.detach()) if x.requires_grad else x
-        return torch.cat(parts)
-
-    def mean(self, values):
-        """{name: float} averaged over the processes."""
-        if self.world == 1:
-            return values
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        x = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-        dist.all_reduce(x)
-        return dict(zip(values, (x / self.world).tolist()))
-
-    def wait(self):
-        """Returns when all processes have come here."""
-        if self.world > 1:
-            dist.barrier()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -566,7 +497,7 @@ def main(argv=None):
             except (Stop, KeyboardInterrupt):
                 print(f"\n{folders[-1]}: stopped; the same command with --resume goes on", file=sys.stderr)
                 raise SystemExit(130) from None
-    if args.task == "toy" and processes.rank == 0:
+    if args.task == "toy":
         eval.main([*map(str, folders), "--attacks", "pwws", "genetic", "--population", "20", "--generations", "10",
                    "--num-examples", str(min(len(task.test), 200)), "--show", "1"])
 

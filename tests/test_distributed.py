@@ -1,17 +1,23 @@
 """Two processes are one (train.Processes): with dropout off and the adversary's start given, the losses and the
 gradients of two gloo processes that share a batch are the single process's, for two classes and for three, for texts
-of one class and for the marginal bound, with and without weights that no loss reaches.
+of one class and for the marginal bound, with and without weights that no loss reaches. Two processes that share the
+examples of an evaluation end with the single process's table and files.
 """
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+import data
 import eval
 import rift
 import train
-from tests.conftest import tiny_encoder
+from tests.conftest import save_model, tiny_encoder, write_task
 from tests.test_rift import example, start
 
 SETTINGS = dict(weight_decay=2e-4, lr=1e-3, adam_eps=1e-6)
@@ -78,3 +84,41 @@ def test_the_shares_make_up_the_batch():
         shares.append(processes.share(np.arange(15), y))
         assert np.bincount(y[shares[-1]]).tolist() == [2, 2, 2]
     assert len(set(np.concatenate(shares))) == 12
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+def plain(text):
+    return text.lower().split()
+
+
+def evaluate(folder):
+    eval.main([f"{folder}/standard", "--attacks", "pwws", "genetic", "hull", "--num-examples", "16", "--population", "4",
+               "--generations", "2", "--device", "cpu", "--show", "0"])
+
+
+def half_of_an_evaluation(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    data.prepare_nltk, data.words_of = (lambda *args, **kwargs: None), plain
+    evaluate(folder)
+    dist.destroy_process_group()
+
+
+def test_two_processes_attack_what_one_does(tmp_path, plain_words, capfd):
+    task = write_task(tmp_path / "task")
+    train.main(["--task", str(task), "--model", str(save_model(tmp_path / "bert", "bert")), "--neighbors",
+                str(task / "neighbors.json"), "--method", "standard", "--out", str(tmp_path / "one"), "--epochs", "3",
+                "--batch-size", "8", "--max-len", "16", "--lr", "1e-2", "--device", "cpu"])
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    capfd.readouterr()
+    evaluate(tmp_path / "one")
+    table = capfd.readouterr().out
+    torch.multiprocessing.spawn(half_of_an_evaluation, (str(tmp_path / "two"),), nprocs=2)
+    assert capfd.readouterr().out.replace("/two/", "/one/") == table            # printed once
+    one, two = (Path(tmp_path, name, "standard") for name in ("one", "two"))
+    for name in ("eval.json", "metrics.json"):
+        assert json.loads((one / name).read_text()) == json.loads((two / name).read_text())
+    lines = [sorted((folder / "attacks.jsonl").read_text().splitlines()) for folder in (one, two)]
+    assert lines[0] == lines[1] and len(lines[0]) > 16
