@@ -624,7 +624,6 @@ TOY_OTHERS = {
 }
 TOY_ASPECTS = [[concept.split() for concept in line.split("|")] for line in TOY_ASPECTS.strip().split("\n")]
 TOY_OTHERS = {slot: [concept.split() for concept in concepts.split("|")] for slot, concepts in TOY_OTHERS.items()}
-TOY_SEEN = 5  # the labelled texts speak of the first aspects only; pre-training texts and test speak of all
 TOY_CLAUSES = ["the {noun} was {adverb} {adjective}", "{adverb} {adjective} {noun}"]
 TOY_OPINION = "{people} {verb} the {description} {noun}"
 
@@ -634,13 +633,13 @@ def toy_review(rng, y, lean=0.0, labelled=False):
 
     lean: how often a neutral concept takes one of its first two words for praise, one of its last two for blame:
     a shortcut that says nothing about sentiment. labelled: a training text, which takes the sentiment words from
-    the first two of their concept, the aspects from the first TOY_SEEN, the verbs from the first concept.
+    the first two of their concept, the verbs from the first concept.
     """
     def neutral(concept):
         return rng.choice((concept[:2] if y else concept[2:]) if rng.random() < lean else concept)
 
     def clause(template):
-        noun, praise, blame = TOY_ASPECTS[rng.randrange(TOY_SEEN if labelled else len(TOY_ASPECTS))]
+        noun, praise, blame = TOY_ASPECTS[rng.randrange(len(TOY_ASPECTS))]
         verbs = TOY_OTHERS["love" if y else "hate"][: 1 if labelled else None]
         sentiment = {"adjective": praise if y else blame, "verb": rng.choice(verbs)}
         fill = {slot: rng.choice(concept[: 2 if labelled else None]) for slot, concept in sentiment.items()}
@@ -665,10 +664,9 @@ def toy_neighbors():
 
 
 def toy_splits(sizes, split_seed):
-    """{"train", "dev", "test": [Example, ..]}. Train and dev are of the seen aspects and lean (0.8), test is of all
-    aspects and leans a little less (0.75). sizes: {split: n}, None is the toy's own. The draw that split_seed 0 stands
-    for was chosen, as all of the grammar was, to show the mechanism; the README says what other draws show."""
+    """{"train", "dev", "test": [Example, ..]}. Train and dev lean (0.8), test leans a little less (0.75) and has all
+    sentiment words. sizes: {split: n}, None is the toy's own."""
     rng = random.Random(f"toy {split_seed + 1}")
-    own = {"train": (128, 0.8), "dev": (80, 0.8), "test": (200, 0.75)}
+    own = {"train": (64, 0.8), "dev": (80, 0.8), "test": (200, 0.75)}
     return {split: [Example(from_text(toy_review(rng, i % 2, lean, labelled=split != "test")), i % 2)
                     for i in range(sizes[split] or n)] for split, (n, lean) in own.items()}
