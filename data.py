@@ -27,6 +27,7 @@ from pathlib import Path
 
 import nltk
 import numpy as np
+import safetensors
 import torch
 from tqdm import tqdm
 
@@ -72,6 +73,12 @@ def reading(path):
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
+def text_of(path):
+    """The text of a UTF-8 file. Raises InputError where it cannot be read."""
+    with reading(path):
+        return path.read_bytes().decode("utf-8-sig")
+
+
 def texts_in(path, wanted=""):
     """Yields (name for messages, text) of the files in a folder, .tar.gz or .zip whose name matches the pattern
     `wanted`; any other file stands for itself. Raises InputError for damage, at the latest after the last file."""
@@ -96,20 +103,35 @@ def texts_in(path, wanted=""):
 
 
 @contextmanager
+def writing(path):
+    """Turns what a full disk, a read-only folder and the like raise into an InputError."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+
+
+@contextmanager
 def replacing(path):
     """Yields a temporary path; the file or folder written there is renamed to `path` when all went well, else removed.
-    Raises InputError when it cannot be written."""
+    A folder that is there stays. Raises InputError when it cannot be written."""
     tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield tmp
-        if not (tmp.is_dir() and path.is_dir()):  # a folder is there if another process was quicker
-            os.replace(tmp, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield tmp
+            try:
+                os.replace(tmp, path)
+            except OSError:
+                if not (tmp.is_dir() and path.is_dir()):  # else another process was quicker
+                    raise
     finally:
-        if tmp.exists():
-            (shutil.rmtree if tmp.is_dir() else os.unlink)(tmp)
+        remove(tmp)
+
+
+def remove(path):
+    """Delete a file, or a folder with all that is in it; it may be missing. Raises OSError."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_atomically(path, content):
@@ -346,7 +368,7 @@ def read_folder(path):
     tabs nor line breaks; it may be empty. Raises InputError with file, line and value."""
     headers, labels, splits = ["label\ttext", "label\ttext\ttext2"], None, {}
     for split in ("train", "dev", "test") if (path / "dev.tsv").exists() else ("train", "test"):
-        [(where, content)] = texts_in(path / f"{split}.tsv")
+        where, content = path / f"{split}.tsv", text_of(path / f"{split}.tsv")
         header, *lines = content.replace("\r\n", "\n").removesuffix("\n").split("\n")
         if header not in headers or not lines:
             wanted = " or ".join(map(repr, headers))
@@ -381,14 +403,14 @@ def load_neighbors(source=None, data_dir=None, train_words=None):
 
 def read_neighbors(path):
     """A JSON object {word: [word, ..], ..} -> dict. Raises InputError with the word that is wrong."""
-    [(where, content)] = texts_in(Path(path))
+    content = text_of(Path(path))
     try:
         items = json.loads(content).items()
     except (ValueError, AttributeError, RecursionError):
-        raise InputError(f"{where}: wanted a JSON object that maps a word to a list of words") from None
+        raise InputError(f"{path}: wanted a JSON object that maps a word to a list of words") from None
     for word, others in items:
         if not (isinstance(others, list) and all(isinstance(x, str) and x.lower().split() == [x] for x in others)):
-            raise InputError(f"{where}: {word!r} maps to {str(others)[:200]}, wanted a list of single lower-case words")
+            raise InputError(f"{path}: {word!r} maps to {str(others)[:200]}, wanted a list of single lower-case words")
     # texts are lower-case and split at white space: other keys, of which the published table has some, never match
     return {word: others for word, others in items if word.lower().split() == [word]}
 

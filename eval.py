@@ -97,7 +97,7 @@ def pick_device(name):
     """--device: the one named, else a GPU when there is one. InputError for a device that is not there."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
         return device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {first_line(error)}") from None
@@ -220,6 +220,9 @@ def load_encoder(name_or_dir, complete=False, attention="sdpa"):
     if lost:
         raise InputError(f"model {name_or_dir}: {len(lost)} tensors are missing or of the wrong shape, "
                          f"{sorted(lost)[0]} for one")
+    if len(tokenizer) > encoder.config.vocab_size:
+        raise InputError(f"model {name_or_dir}: its tokenizer has {len(tokenizer)} tokens, its encoder embeddings for "
+                         f"{encoder.config.vocab_size}")
     return encoder, tokenizer
 
 
@@ -872,9 +875,8 @@ def compare(args, processes):
                 victim.vocabulary = data.Vocabulary(victim.vocabulary.tokenizer, s["max_len"], table, s["unknown_words"],
                                                     s["candidates"])
             try:
-                groups[-1].append(evaluate(folder, victim, plan, args, processes))
-            except OSError as error:
-                raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
+                with data.writing(folder):
+                    groups[-1].append(evaluate(folder, victim, plan, args, processes))
             except ValueError as error:
                 raise error if isinstance(error, InputError) else InputError(f"{folder}: {error}") from None
     report(groups, args)

@@ -12,10 +12,8 @@ import argparse
 import hashlib
 import json
 import math
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -69,28 +67,31 @@ class Training:
         groups = [{"params": list(model.encoder.parameters()), "weight_decay": 0.0},
                   {"params": own, "weight_decay": s["weight_decay"]}]
         self.adamw = torch.optim.AdamW(groups, lr=s["lr"], eps=s["adam_eps"])
+        for p in self.parameters.values():                              # as AdamW would at its first step
+            self.adamw.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p),
+                                   "exp_avg_sq": torch.zeros_like(p)}
         self.progress = {"epoch": 0, "batch": 0, "step": 0,                 # where the next step stands
                          "sums": {}, "seconds": 0.0,                        # of this epoch so far
                          "best": {"epoch": None, "dev_hull": -1.0}, "log": []}
 
+    def tensors(self):
+        """All tensors of the state, by name: weights and AdamW's moments."""
+        moments = {f"adamw.{name}.{key}": value for name, p in self.parameters.items()
+                   for key, value in self.adamw.state[p].items()}
+        return {f"model.{name}": p for name, p in self.parameters.items()} | moments
+
     def save(self, path):
-        """Writes the whole state to one file (the first process does)."""
-        if self.processes.rank:
-            return
-        moments = {f"adamw.{i}.{name}": value for i, state in self.adamw.state_dict()["state"].items()
-                   for name, value in state.items()}
-        eval.save_tensors(path, {f"model.{name}": p for name, p in self.parameters.items()} | moments, self.progress)
+        """Writes the whole state to one file (the first process does). Raises InputError if it can't."""
+        if self.processes.rank == 0:
+            eval.save_tensors(path, self.tensors(), self.progress)
 
     def load(self, path):
         """Takes the state of save() up again. Raises InputError for a damaged file, or one of another model."""
-        tensors, self.progress = eval.load_tensors(path)
-        eval.take_tensors(self.parameters, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, path)
-        state = {}
-        for key, value in tensors.items():
-            if key.startswith("adamw."):
-                _, i, name = key.split(".")
-                state.setdefault(int(i), {})[name] = value
-        self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})
+        tensors, progress = eval.load_tensors(path)
+        eval.take_tensors(self.tensors(), tensors, path)
+        if not isinstance(progress, dict) or progress.keys() != self.progress.keys():
+            raise InputError(f"{path}: does not say where the run stands, as train.py writes it")
+        self.progress = progress
 
 
 class Stop(BaseException):
@@ -207,6 +208,9 @@ def fit(training, task, vocabulary, s, folder):
                 batches = data.balanced_batches(labels, lengths, s["batch_size"],
                                                 np.random.default_rng([s["seed"], at["epoch"]]))
                 batches = [rows for rows in batches if len(rows) >= len(task.labels) * processes.world]
+                if not batches:
+                    raise InputError(f"--batch-size {s['batch_size']}: {processes.world} processes need at least one "
+                                     f"text of each of {len(task.labels)} classes each")
                 bar = tqdm(batches[at["batch"]:], f"{s['method']} epoch {at['epoch'] + 1}/{s['epochs']}", total=len(batches),
                            initial=at["batch"], leave=False, disable=processes.rank > 0)
                 model.train()
@@ -236,10 +240,11 @@ def fit(training, task, vocabulary, s, folder):
                     if processes.rank == 0:
                         eval.save_tensors(folder / "best.safetensors", training.parameters)
                 at |= {"epoch": at["epoch"] + 1, "batch": 0, "sums": {}, "seconds": 0.0, "log": at["log"] + [line]}
+                if processes.rank == 0:             # before the checkpoint: a run killed in between writes it again
+                    data.write_atomically(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in at["log"]))
                 training.save(folder / "checkpoint.safetensors")
                 saved = time.monotonic()
                 if processes.rank == 0:
-                    data.write_atomically(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in at["log"]))
                     shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
                     tqdm.write(" ".join(shown), sys.stderr)
         except Stop:
@@ -263,18 +268,17 @@ def finish(training, task, vocabulary, s, folder):
     hull, _ = eval.hull_attack(victim, task.test, **adversary_settings(s), progress=True)
     eval.save_tensors(folder / "model.safetensors",
                       {name: p for name, p in training.parameters.items() if not name.startswith("encoder.")})
-    new = folder / "encoder.tmp"
-    shutil.rmtree(new, ignore_errors=True)
-    model.encoder.save_pretrained(new)
-    vocabulary.tokenizer.save_pretrained(new)
-    shutil.rmtree(folder / "encoder", ignore_errors=True)
-    new.rename(folder / "encoder")
+    with data.replacing(folder / "encoder") as new:
+        data.remove(folder / "encoder")                 # of a run that was killed while it finished
+        model.encoder.save_pretrained(new)
+        vocabulary.tokenizer.save_pretrained(new)
     metrics = {"method": s["method"], "task": task.name, "seed": s["seed"],
                "best_epoch": training.progress["best"]["epoch"],
                "clean": eval.accuracy(clean, task.test), "hull": eval.accuracy(hull, task.test)}
     write_json(folder / "metrics.json", metrics)
-    for name in ("best.safetensors", "checkpoint.safetensors"):
-        (folder / name).unlink()
+    with data.writing(folder):
+        for name in FILES[-2:]:
+            data.remove(folder / name)
     return metrics
 
 
@@ -285,24 +289,30 @@ FILES = ("config.json", "neighbors.json", "log.jsonl", "metrics.json", "eval.jso
 def open_folder(folder, config, resume, overwrite):
     """Makes sure that a run may write into its folder. Returns whether there is nothing left to do.
 
-    Raises InputError for a folder that holds a run, unless it is to be overwritten, or resumed with the same settings.
+    Raises InputError for a folder that holds a run, unless it is to be overwritten, or resumed with the same settings,
+    and for one that cannot be written.
     """
-    if (folder / "config.json").exists() and not overwrite:
+    there = (folder / "config.json").exists() and not overwrite
+    done = there and (folder / "metrics.json").exists()
+    if there:
         if not resume:
             raise InputError(f"{folder}: holds a run already; --resume goes on with it, --overwrite replaces it, or "
                              "another --out")
         before = eval.read_json(folder / "config.json")
         for part in ("settings", "fingerprints"):
+            if not isinstance(before.get(part), dict):
+                raise InputError(f"{folder / 'config.json'}: has no {part}, as train.py writes them")
             for key, value in config[part].items():
-                then = before.get(part, {}).get(key)
+                then = before[part].get(key)
                 if then != value and key not in ("data_dir", "device", "save_minutes", "eval_batch_size"):
                     raise InputError(f"{folder}: --resume with {key} {value}, but the run has {then}")
-        return (folder / "metrics.json").exists()
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "encoder", ignore_errors=True)
-    write_json(folder / "config.json", config)
-    return False
+    left = FILES[-2:] if done else () if there else (*FILES, "encoder")
+    with data.writing(folder):
+        for path in (*(folder / name for name in left), *folder.glob(".*.tmp")):    # .tmp: it was killed as it wrote
+            data.remove(path)
+    if not there:
+        write_json(folder / "config.json", config)
+    return done
 
 
 def run(task, table, s, folder, processes, resume=False, overwrite=False):
@@ -385,13 +395,8 @@ def toy_encoder():
     """The folder of the toy task's pre-trained encoder, made when it is not in the cache."""
     folder = data.cache_dir() / "toy-encoder-1"
     if not (folder / "config.json").exists():
-        data.cache_dir().mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix="toy-encoder-", dir=data.cache_dir()))
-        pretrain_toy(new)
-        try:
-            new.rename(folder)
-        except OSError:                                             # another process was quicker
-            shutil.rmtree(new)
+        with data.replacing(folder) as new:
+            pretrain_toy(new)
     return folder
 
 
@@ -415,7 +420,7 @@ def parse(argv):
     flag("--task", "toy, imdb, snli, or a folder with train.tsv, test.tsv and perhaps dev.tsv", default="toy", metavar="TASK")
     flag("--method", f"one or more of {', '.join(METHODS)}; they train one after another", nargs="+", choices=METHODS,
          metavar="NAME")
-    flag("--seeds", "of heads, batches, dropout and the adversary's noise", nargs="+", type=number(int, 0), default=[0],
+    flag("--seeds", "of heads, batches, dropout and the adversary's noise", nargs="+", type=number(int, 0, 2**63 - 1), default=[0],
          metavar="S")
     flag("--model", "a BERT or RoBERTa encoder: a name on the hub or a folder", metavar="NAME_OR_DIR")
     flag("--pooling", "S and T: the encoder's pooler, or the mean over tokens", choices=("pooler", "mean"))
@@ -451,7 +456,7 @@ def parse(argv):
     flag("--adv-lr", "learning rate of the adversary's Adam", type=number(float, 0), default=1.0)
     flag("--adv-weight-decay", "of the adversary's Adam", type=number(float, 0), default=2e-5)
     flag("--sparsity", "weight of the entropy that the adversary avoids", type=number(float, 0), default=15.0)
-    flag("--candidates", "words of a position in the hull at most, the word itself included", type=positive,
+    flag("--candidates", "words of a position in the hull at most, the word itself included", type=number(int, 1, 1000),
          default=10, metavar="K")
     flag("--ptwd", "lambda, weight of ||theta_s - theta_t||_2 in adv-ptwd", type=number(float, 0), default=0.01)
     flag("--mixout", "p of adv-mixout", type=number(float, 0, 0.999), default=0.7)
@@ -472,7 +477,7 @@ def parse(argv):
     args.overwrite |= args.task == "toy" and args.out is None and not args.resume
     if args.resume and args.overwrite:
         raise InputError("--resume and --overwrite: only one of them")
-    args.out = args.out or Path("runs") / Path(args.task).name
+    args.out = args.out or Path("runs") / Path(args.task).resolve().name
     settings = {key: value for key, value in vars(args).items() if key not in run_options}
     settings["precision"] = eval.pick_precision(args.precision, eval.pick_device(args.device))
     return args, settings
