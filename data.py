@@ -126,7 +126,8 @@ def replacing(path):
                 if not (tmp.is_dir() and path.is_dir()):  # else another process was quicker
                     raise
     finally:
-        remove(tmp)
+        if tmp.exists():
+            remove(tmp)
 
 
 def remove(path):
