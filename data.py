@@ -8,6 +8,7 @@ examples of one class.
 import functools
 import hashlib
 import http.client
+import io
 import json
 import math
 import os
@@ -225,7 +226,7 @@ def prepare_nltk(data_dir=None, wordnet=False):
     if not there():
         with suppress(OSError, ValueError):
             own.mkdir(mode=0o700, parents=True, exist_ok=True)
-            nltk.download(names, str(own), quiet=True)
+            nltk.download(names, str(own), quiet=True, print_error_to=io.StringIO())
     if not there():
         raise InputError(f"NLTK data not found; install it with `python -m nltk.downloader {' '.join(names)}`, or put "
                          f"nltk_data.tar.gz into {data_dir or cache_dir()} (NLTK refuses folders others can write)")
@@ -409,8 +410,11 @@ def read_neighbors(path):
         items = json.loads(content).items()
     except (ValueError, AttributeError, RecursionError):
         raise InputError(f"{path}: wanted a JSON object that maps a word to a list of words") from None
+    def sound(x):  # half of a surrogate pair could not be printed
+        return isinstance(x, str) and x.lower().split() == [x] == [x.encode("utf-8", "replace").decode()]
+
     for word, others in items:
-        if not (isinstance(others, list) and all(isinstance(x, str) and x.lower().split() == [x] for x in others)):
+        if not (isinstance(others, list) and all(map(sound, others))):
             raise InputError(f"{path}: {word!r} maps to {str(others)[:200]}, wanted a list of single lower-case words")
     # texts are lower-case and split at white space: other keys, of which the published table has some, never match
     return {word: others for word, others in items if word.lower().split() == [word]}

@@ -159,3 +159,287 @@ def test_a_run_killed_while_it_finishes_ends_like_one_that_was_never_killed(base
     expected, total = unkilled
     for n in range(total - 24, total + 1, 3):
         kill_and_resume(shutil.copytree(base, tmp_path / str(n)), [n], expected)
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+GOOD = "label\ttext\n" + "neg\ta bad film\npos\ta good film\n" * 9
+RUN = "runs/standard"
+
+
+def tar(path, *members):
+    """A .tar.gz of (name, type, link target)."""
+    with tarfile.open(path, "w:gz") as file:
+        for name, kind, target in members:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname, info.size = kind, target, 7 if kind == tarfile.REGTYPE else 0
+            file.addfile(info, io.BytesIO(b"content"))
+
+
+def zipped(path, **files):
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in files.items():
+            file.writestr(name, content)
+
+
+def tsv(content, split="train"):
+    return lambda: Path(f"task/{split}.tsv").write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def file(name, content):
+    def write():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return write
+
+
+def folder(name):
+    return lambda: Path(name).mkdir(parents=True)
+
+
+def changed(name, **values):
+    def write():
+        content = json.loads(Path(name).read_text())
+        (content.get("settings", content)).update(values)
+        Path(name).write_text(json.dumps(content))
+    return write
+
+
+def checkpoint(change):
+    """A run that was stopped after its first step, whose checkpoint is then changed: (tensors, progress) -> both."""
+    def write():
+        shutil.rmtree("runs")
+        with pytest.MonkeyPatch.context() as patch:
+            real = train.train_step
+            patch.setattr(train, "train_step", lambda training, *args: real(training, *args) if
+                          training.progress["step"] == 0 else (_ for _ in ()).throw(train.Stop))
+            with pytest.raises(SystemExit):
+                train.main([*TRAIN, *SMALL, "--method", "standard"])
+        path = Path(RUN, "checkpoint.safetensors")
+        eval.save_tensors(path, *change(*eval.load_tensors(path)))
+    return write
+
+
+def without(start, tensors, progress):
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(start)}, progress
+
+
+def wrong_shape(tensors, progress):
+    name = "adamw.head.0.weight.exp_avg"
+    return tensors | {name: tensors[name][:, :8]}, progress
+
+
+def more_tokens():
+    config = json.loads(Path("bert/config.json").read_text())
+    weights = safetensors.torch.load_file("bert/model.safetensors")
+    name = "embeddings.word_embeddings.weight"
+    safetensors.torch.save_file(weights | {name: weights[name][:12].clone()}, "bert/model.safetensors", {"format": "pt"})
+    Path("bert/config.json").write_text(json.dumps(config | {"vocab_size": 12}))
+
+
+def of_pairs():
+    shutil.rmtree("task")
+    write_task(Path("task"), pair=True)
+
+
+RESUME = ["--method", "standard", "--epochs", "2", "--resume"]
+IMDB = ["--task", "imdb", "--data-dir", "mine"]
+SNLI = ["--task", "snli", "--data-dir", "mine"]
+# What is done to a copy of `base`, the arguments besides TRAIN and SMALL, and what the one line must hold.
+BAD_TRAIN = [
+    # flags
+    (None, ["--task", "imbd"], "--task imbd: has to be toy, imdb, snli, or a folder"),
+    (None, ["--task", "toy", "--model", "bert"], "--model bert: the toy task has its own"),
+    (None, ["--model", "./nowhere"], "model ./nowhere: cannot be loaded"),
+    (None, ["--model", "task"], "model task: cannot be loaded as a safetensors BERT or RoBERTa encoder"),
+    (None, ["--method", "rfit"], "--method: invalid choice: 'rfit'"),
+    (None, ["--method"], "--method: expected at least one argument"),
+    (None, ["--pooling", "max"], "--pooling: invalid choice: 'max'"),
+    (None, ["--unknown-words", "skip"], "--unknown-words: invalid choice: 'skip'"),
+    (None, ["--precision", "fp16"], "--precision: invalid choice: 'fp16'"),
+    (None, ["--device", "warp"], "--device warp: "),
+    (None, ["--device", "meta"], "--device meta: "),
+    (None, ["--seeds", "-1"], "--seeds: '-1' has to be an integer of at least 0"),
+    (None, ["--seeds", str(2 ** 70)], "has to be an integer of at least 0 and at most"),
+    (None, ["--split-seed", "-1"], "--split-seed: '-1' has to be an integer of at least 0"),
+    (None, ["--train-size", "0"], "--train-size: '0' has to be an integer of at least 1"),
+    (None, ["--train-size", "2"], "class 'neg' has 1 training examples"),
+    (None, ["--train-size", "5000"], "train: 5000 examples are 2500 of each class, wanted 1 to 16"),
+    (None, ["--dev-size", "x"], "--dev-size: 'x' has to be an integer"),
+    (None, ["--dev-size", "1"], "dev: 1 examples are 0 of each class, wanted 1 to"),
+    (None, ["--test-size", "-3"], "--test-size: '-3' has to be an integer of at least 1"),
+    (None, ["--test-size", "999"], "test: 999 examples are 499 of each class, wanted 1 to"),
+    (None, ["--max-len", "3"], "--max-len: '3' has to be an integer of at least 4"),
+    (None, ["--max-len", "35"], "--max-len 35: bert has positions for 34 tokens at most"),
+    (None, ["--epochs", "0"], "--epochs: '0' has to be an integer of at least 1"),
+    (None, ["--batch-size", "3"], "batches of 3 from classes of [16, 16] examples"),
+    (None, ["--micro-batch-size", "0"], "--micro-batch-size: '0' has to be"),
+    (None, ["--eval-batch-size", "0"], "--eval-batch-size: '0' has to be"),
+    (None, ["--lr", "0"], "--lr: '0' has to be a number above 0"),
+    (None, ["--lr", "1e999"], "--lr: '1e999' has to be a number above 0"),
+    (None, ["--schedule", "1", "-1"], "--schedule: '-1' has to be a number of at least 0"),
+    (None, ["--weight-decay", "-1"], "--weight-decay: '-1' has to be"),
+    (None, ["--adam-eps", "0"], "--adam-eps: '0' has to be a number above 0"),
+    (None, ["--alpha", "nan"], "--alpha: 'nan' has to be a number of at least 0"),
+    (None, ["--beta", "-1"], "--beta: '-1' has to be"),
+    (None, ["--tau", "0"], "--tau: '0' has to be a number above 0"),
+    (None, ["--adv-steps", "2.5"], "--adv-steps: '2.5' has to be an integer of at least 0"),
+    (None, ["--adv-lr", "-1"], "--adv-lr: '-1' has to be"),
+    (None, ["--adv-weight-decay", "-1"], "--adv-weight-decay: '-1' has to be"),
+    (None, ["--sparsity", "inf"], "--sparsity: 'inf' has to be"),
+    (None, ["--candidates", "0"], "--candidates: '0' has to be an integer of at least 1"),
+    (None, ["--candidates", "1000000000"], "--candidates: '1000000000' has to be"),
+    (None, ["--ptwd", "-1"], "--ptwd: '-1' has to be"),
+    (None, ["--mixout", "1"], "--mixout: '1' has to be a number of at least 0 and at most 0.999"),
+    (None, ["--save-minutes", "-1"], "--save-minutes: '-1' has to be"),
+    (None, ["--resume", "--overwrite"], "--resume and --overwrite: only one of them"),
+    (None, ["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
+    # own data
+    (tsv(""), [], "task/train.tsv, line 1: '', wanted the header"),
+    (tsv("label\ttext\n"), [], "task/train.tsv, line 1: 'label\\ttext', wanted the header"),
+    (tsv("text\tlabel\na\tb\n"), [], "line 1: 'text\\tlabel', wanted the header"),
+    (tsv(GOOD + "neg\n"), [], "task/train.tsv, line 20: ['neg'], wanted 'label\\ttext' with a label"),
+    (tsv(GOOD + "neg\ta\tb\n"), [], "task/train.tsv, line 20: ['neg', 'a', 'b'], wanted"),
+    (tsv(GOOD + "\ta film\n"), [], "task/train.tsv, line 20: ['', 'a film'], wanted"),
+    (tsv(b"label\ttext\nneg\t\xff\n"), [], "task/train.tsv, line 2: not UTF-8 (byte 0xff)"),
+    (tsv("label\ttext\nneg\ta\nneg\tb\n"), [], "task/train.tsv: only one class, 'neg'"),
+    (tsv(GOOD + "odd\tone\n"), [], "task: class 'odd' has 1 training examples"),
+    (tsv("label\ttext\nso\ta\n", "test"), [], "task/test.tsv, line 2: label 'so' does not occur in train.tsv"),
+    (tsv("label\ttext\nso\ta\n", "dev"), [], "task/dev.tsv, line 2: label 'so' does not occur in train.tsv"),
+    (tsv("label\ttext\nneg\ta\n", "test"), ["--test-size", "2"], "test: 2 examples are 1 of each class, wanted 1 to 0"),
+    (tsv("label\ttext\ttext2\nneg\ta\tb\n", "test"), [], "task/test.tsv, line 1: 'label\\ttext\\ttext2', wanted"),
+    (lambda: Path("task/test.tsv").unlink(), [], "task/test.tsv: cannot be read (No such file"),
+    (lambda: (Path("task/test.tsv").unlink(), Path("task/test.tsv").mkdir()), [], "task/test.tsv: cannot be read (Is a d"),
+    # public data
+    (None, ["--task", "imdb", "--data-dir", "nowhere"], "nowhere: no such folder (--data-dir wants one"),
+    (file("mine/aclImdb_v1.tar.gz", b"<html>"), IMDB, "aclImdb_v1.tar.gz: cannot be read"),
+    (file("mine/aclImdb_v1.tar.gz", b""), IMDB, "aclImdb_v1.tar.gz: "),
+    (lambda: (Path("mine").mkdir(), tar("mine/aclImdb_v1.tar.gz", ("../evil/train/pos/1.txt", tarfile.REGTYPE, ""))), IMDB,
+     "holds no aclImdb/train/neg/*.txt"),
+    (lambda: (Path("mine").mkdir(), tar("mine/aclImdb_v1.tar.gz", ("aclImdb/train/neg/1.txt", tarfile.SYMTYPE,
+                                                                  "/etc/passwd"))), IMDB, "holds no aclImdb/train/neg"),
+    (folder("mine/aclImdb"), IMDB, "aclImdb: holds no aclImdb/train/neg/*.txt"),
+    (file("mine/snli_1.0.zip", b"PK\x03\x04cut"), SNLI, "snli_1.0.zip: cannot be read"),
+    (file("mine/snli_1.0/snli_1.0_train.jsonl", "{}\n"), SNLI, "snli_1.0_train.jsonl, line 1: '{}', wanted JSON"),
+    (file("mine/snli_1.0/snli_1.0_dev.jsonl", '{"gold_label": "maybe", "sentence1": "", "sentence2": ""}'), SNLI,
+     "snli_1.0_dev.jsonl, line 1: "),
+    (folder("mine/snli_1.0"), SNLI, "snli_1.0: holds no snli_1.0_train.jsonl"),
+    # substitution tables
+    (None, ["--neighbors", "nowhere.json"], "nowhere.json: cannot be read (No such file"),
+    (None, ["--neighbors", "task"], "task: wanted `wordnet`, a neighbour table .json, or a vector file .txt or .zip"),
+    (folder("t.json"), ["--neighbors", "t.json"], "t.json: cannot be read (Is a directory"),
+    (file("t.json", "[]"), ["--neighbors", "t.json"], "t.json: wanted a JSON object that maps a word to a list"),
+    (file("t.json", '{"a": "b"}'), ["--neighbors", "t.json"], "t.json: 'a' maps to b, wanted a list of single"),
+    (file("t.json", '{"a": [1]}'), ["--neighbors", "t.json"], "t.json: 'a' maps to [1], wanted a list of single"),
+    (file("t.json", '{"a": ["B c"]}'), ["--neighbors", "t.json"], "t.json: 'a' maps to ['B c'], wanted a list"),
+    (file("t.json", '{"a": ["\\ud800"]}'), ["--neighbors", "t.json"], "t.json: 'a' maps to"),
+    (file("t.json", '{"a": ["b"'), ["--neighbors", "t.json"], "t.json: wanted a JSON object"),
+    (file("v.txt", "a 1 2\nb 1\n"), ["--neighbors", "v.txt"], "v.txt, line 2: 'b 1', wanted a word and 2 numbers"),
+    (file("v.txt", "a 1 2\nb 1 x\n"), ["--neighbors", "v.txt"], "v.txt, line 2: 'b 1 x', wanted a word and 2"),
+    (file("v.txt", "a 1 2\nb 1 nan\n"), ["--neighbors", "v.txt"], "v.txt, line 2: 'b 1 nan', wanted"),
+    (file("v.txt", "zebra 1 2\n"), ["--neighbors", "v.txt"], "v.txt: none of the "),
+    (file("v.zip", b"cut"), ["--neighbors", "v.zip"], "v.zip: cannot be read"),
+    (lambda: zipped("v.zip", readme=""), ["--neighbors", "v.zip"], "v.zip: wanted one .txt file in it, there are 0"),
+    # models
+    (lambda: Path("bert/model.safetensors").unlink(), [], "model bert: cannot be loaded"),
+    (lambda: os.truncate("bert/model.safetensors", 999), [], "model bert: cannot be loaded"),
+    (changed("bert/config.json", hidden_size=32), [], "model bert: "),
+    (changed("bert/config.json", model_type="gpt2"), [], "model bert: "),
+    (more_tokens, [], "model bert: its tokenizer has 29 tokens, its encoder embeddings for 12"),
+    # run folders and checkpoints
+    (None, ["--method", "standard"], "runs/standard: holds a run already; --resume goes on with it, --overwrite"),
+    (None, ["--method", "standard", "--resume"], "runs/standard: --resume with epochs 2, but the run has 1"),
+    (tsv(GOOD), ["--method", "standard", "--epochs", "1", "--resume"], "runs/standard: --resume with data "),
+    (file(f"{RUN}/config.json", "{"), RESUME, "runs/standard/config.json: is not JSON"),
+    (file(f"{RUN}/config.json", '{"settings": []}'), RESUME, "runs/standard/config.json: has no settings"),
+    (file("taken", ""), ["--out", "taken/below"], "taken/below/rift: cannot be written (Not a directory"),
+    (checkpoint(partial(without, "model.head.0.bias")), RESUME, "checkpoint.safetensors: model.head.0.bias is nothing"),
+    (checkpoint(partial(without, "adamw.head.0.bias.exp_avg_sq")), RESUME, "adamw.head.0.bias.exp_avg_sq is nothing"),
+    (checkpoint(partial(without, "adamw.")), RESUME, "checkpoint.safetensors: adamw."),
+    (checkpoint(wrong_shape), RESUME, "adamw.head.0.weight.exp_avg is (256, 8) there, the model needs (256, 16)"),
+    (checkpoint(lambda tensors, progress: (tensors | {"adamw.x": torch.zeros(1)}, progress)), RESUME, "adamw.x is (1,)"),
+    (checkpoint(lambda tensors, progress: (tensors, {"epoch": 0})), RESUME, "does not say where the run stands"),
+    (checkpoint(lambda tensors, progress: (tensors, [])), RESUME, "does not say where the run stands"),
+]
+BAD_EVAL = [
+    (None, [], "the following arguments are required: RUN"),
+    (None, ["nowhere"], "nowhere/config.json: No such file"),
+    (None, ["task"], "task/config.json: No such file"),
+    (None, ["bert"], "bert/config.json: has "),
+    (None, [RUN, "--attacks", "hotflip"], "--attacks: invalid choice: 'hotflip'"),
+    (None, [RUN, "--num-examples", "0"], "--num-examples: '0' has to be an integer of at least 1"),
+    (None, [RUN, "--split", "train"], "--split: invalid choice: 'train'"),
+    (None, [RUN, "--population", "1"], "--population: '1' has to be an integer of at least 2"),
+    (None, [RUN, "--generations", "0"], "--generations: '0' has to be"),
+    (None, [RUN, "--seed", "-1"], "--seed: '-1' has to be"),
+    (None, [RUN, "--batch-size", "0"], "--batch-size: '0' has to be"),
+    (None, [RUN, "--show", "x"], "--show: 'x' has to be an integer of at least 0"),
+    (None, [RUN, "--precision", "fp8"], "--precision: invalid choice: 'fp8'"),
+    (None, [RUN, "--device", "cuda:99"], "--device cuda:99: "),
+    (None, [RUN, "--plot-attack", "all"], "--plot-attack: invalid choice: 'all'"),
+    (None, [RUN, "--data-dir", "nowhere", "--attacks", "genetic", "--lm-constraint", "scores"], "no such folder"),
+    (None, [RUN, "--attacks", "genetic", "--lm-constraint", "bert"], "--lm-constraint bert: is neither none, scores nor"),
+    (None, [RUN, "--attacks", "genetic", "--lm-constraint", "task"], "--lm-constraint task: is neither none, scores nor"),
+    (None, [RUN, "--neighbors", "nowhere.json", "--attacks", "pwws"], "nowhere.json: cannot be read"),
+    (lambda: Path(RUN, "metrics.json").unlink(), [RUN], "the run is not finished (no metrics.json)"),
+    (lambda: os.truncate(f"{RUN}/model.safetensors", 500), [RUN], "model.safetensors: not a readable checkpoint"),
+    (changed(f"{RUN}/config.json", max_len=-5), [RUN], "longest input -5"),
+    (changed(f"{RUN}/config.json", method="adv"), [RUN], "config.json has method adv, metrics.json standard"),
+    (changed(f"{RUN}/config.json", unknown_words="skip"), [RUN], "unknown words 'skip'"),
+    (changed(f"{RUN}/config.json", pooling="max"), [RUN], "pooling is 'max'"),
+    (changed(f"{RUN}/config.json", task="gone"), [RUN], "unknown task 'gone'"),
+    (changed(f"{RUN}/config.json", split_seed=-1), [RUN], "split seed -1"),
+    (tsv(GOOD), [RUN], "was trained on other data than is found now"),
+    (of_pairs, [RUN], "was trained on other data than is found now"),
+    (file(f"{RUN}/neighbors.json", "3"), [RUN], "neighbors.json: wanted a JSON object"),
+    (file(f"{RUN}/attacks.jsonl", "{}\n"), [RUN, "--attacks", "pwws"], "attacks.jsonl: there is no eval.json"),
+    (lambda: shutil.rmtree(f"{RUN}/encoder"), [RUN], "runs/standard/encoder: no such folder"),
+]
+
+
+def refused(capsys, main, arguments, before):
+    """The one line with which main(arguments) ends, exit code 2, no file changed."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    said = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.strip() and "it/s]" not in line]
+    assert stop.value.code == 2 and len(said) == 1, said
+    after = files_of(Path())
+    assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)
+            and not name.startswith("cache")} == set()
+    return said[0]
+
+
+@pytest.mark.parametrize("prepare, arguments, message", BAD_TRAIN, ids=[case[2][:50] for case in BAD_TRAIN])
+def test_bad_input_to_training_is_one_line(here, capsys, prepare, arguments, message):
+    if prepare:
+        prepare()
+    line = refused(capsys, train.main, [*TRAIN, *SMALL, *arguments], files_of(here))
+    assert line.startswith("train.py: error: ") and message in line, line
+
+
+@pytest.mark.parametrize("prepare, arguments, message", BAD_EVAL, ids=[case[2][:50] for case in BAD_EVAL])
+def test_bad_input_to_evaluation_is_one_line(here, capsys, prepare, arguments, message):
+    if prepare:
+        prepare()
+    line = refused(capsys, eval.main, [*arguments, "--device", "cpu"] if "--device" not in arguments else arguments,
+                   files_of(here))
+    assert line.startswith("eval.py: error: ") and message in line, line
+
+
+@pytest.mark.parametrize("script, prepare, arguments, message", [
+    ("train", None, ["--mixout", "1"], "--mixout: '1' has to be a number of at least 0 and at most 0.999"),
+    ("train", tsv("text\tlabel\na\tb\n"), [], "task/train.tsv, line 1: "),
+    ("train", file("mine/aclImdb_v1.tar.gz", b"<html>"), IMDB, "aclImdb_v1.tar.gz: cannot be read"),
+    ("eval", None, ["task"], "task/config.json: No such file"),
+    ("eval", file(f"{RUN}/config.json", "{"), [RUN], "runs/standard/config.json: is not JSON"),
+])
+def test_bad_input_to_a_command_is_one_line(here, script, prepare, arguments, message):
+    if prepare:
+        prepare()
+    before = files_of(here)
+    arguments = [*TRAIN, *SMALL, *arguments] if script == "train" else arguments
+    done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stderr
+    assert message in done.stderr and files_of(here) == before
