@@ -39,6 +39,7 @@ import train
 from tests.conftest import TABLE, WORDS, review, save_model, write_task
 
 ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
 SMALL = ["--epochs", "2", "--batch-size", "8", "--max-len", "16", "--adv-steps", "1", "--lr", "1e-3", "--device", "cpu"]
 SPAWN = multiprocessing.get_context("forkserver")           # children start from a process that has imported torch only
 SPAWN.set_forkserver_preload(["tests.test_robustness"])
@@ -443,3 +444,146 @@ def test_bad_input_to_a_command_is_one_line(here, script, prepare, arguments, me
     done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *arguments], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stderr
     assert message in done.stderr and files_of(here) == before
+
+
+# ------------------------------------------------------------------------------------------------ random input
+
+
+PIECES = [*WORDS, "[SEP]", "[CLS]", "</s>", "<s>", "<mask>", "<pad>", "[unk]", "😀", "👩‍👩‍👧", "مرحبا", "你好", "\u0130", "don't", "...",
+          "!?", "a" * 300, "<br />", "\x00", "\u200b", "\ud800", "\u2028", "\x85", "\xa0", "1e999", "nan", "-", "ﬁ", "[sep]"]
+GAPS = [" ", " ", " ", "", "\t", "\n", "\r\n", "  ", "\x0b"]
+
+
+def random_text(rng, most=12):
+    pieces = [rng.choice([rng.choice(PIECES), rng.choice(WORDS), chr(rng.randrange(0x110000))]) for _ in range(rng.randint(0, most))]
+    return "".join(piece + rng.choice(GAPS) for piece in pieces)
+
+
+def mutated(rng, content):
+    """Bytes with a few of them changed, cut out, doubled, or cut off."""
+    content = bytearray(content)
+    for _ in range(rng.randint(0, 3)):
+        i = rng.randrange(len(content) + 1)
+        j = min(len(content), i + rng.randint(1, 6))
+        content[i:j] = rng.choice([b"", bytes(content[i:j]) * 2, rng.randbytes(1), b"\t", b"\n", b'"', b" nan", "é".encode()])
+    return bytes(content[:rng.randint(0, len(content))] if rng.random() < 0.1 else content)
+
+
+def either(load, *arguments):
+    """load(*arguments), None where that raises InputError, in one line; anything else is raised."""
+    try:
+        return load(*arguments)
+    except data.InputError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
+        return None
+
+
+def test_random_tsv_files_are_read_or_refused(tmp_path):
+    rng, read = random.Random(0), 0
+    (tmp_path / "test.tsv").write_text(GOOD)
+    for n in range(1500):
+        rows = [rng.choice(["neg", "pos", "so"]) + "\t" + random_text(rng) for _ in range(6)]
+        content = "\n".join([rng.choice(["label\ttext"] * 3 + ["label\ttext\ttext2", ""]), *rows])
+        content = (GOOD if n % 2 else content).encode("utf-8", "surrogatepass" if n % 3 else "replace")
+        (tmp_path / "train.tsv").write_bytes(mutated(rng, content))
+        if found := either(data.read_folder, tmp_path):
+            read += 1
+            labels, splits = found
+            assert len(labels) >= 2 and sorted(set(labels)) == labels and all(label.strip() for label in labels)
+            for texts, y in splits["train"] + splits["test"]:
+                assert 0 <= y < len(labels) and len(texts) in (1, 2) and not any("\t" in t or "\n" in t for t in texts)
+    assert 100 < read < 1400
+
+
+def test_random_tables_are_read_or_refused(tmp_path):
+    rng, read = random.Random(1), 0
+    for n in range(1500):
+        table = {random_text(rng, 1): [random_text(rng, 1).strip() for _ in range(rng.randint(0, 3))] for _ in range(3)}
+        table = TABLE if n % 2 else rng.choice([table, list(table), {"a": table}, n, None])
+        (tmp_path / "table.json").write_bytes(mutated(rng, json.dumps(table, ensure_ascii=n % 3 == 0).encode("utf-8", "replace")))
+        found = either(data.read_neighbors, tmp_path / "table.json")
+        if found is not None:
+            read += 1
+            for word in [*found, *(other for others in found.values() for other in others)]:
+                assert word.split() == [word] == [word.lower()]
+            assert not any("\ud800" in other for others in found.values() for other in others)
+    assert 100 < read < 1400
+
+
+def test_random_vectors_are_read_or_refused(tmp_path):
+    rng, read = random.Random(2), 0
+    for n in range(1500):
+        rows = [f"{word} " + " ".join(rng.choice(["1", "-0.5", "1e3", "1e308" if n % 5 == 0 else "2"]) for _ in range(3))
+                for word in rng.sample(WORDS, 4)]
+        (tmp_path / "v.txt").write_bytes(mutated(rng, "\n".join(rows).encode()))
+        found = either(data.read_vectors, tmp_path / "v.txt", set(WORDS))
+        if found is not None:
+            read += 1
+            assert len({len(row) for row in found.values()}) <= 1
+            assert all(np.isfinite(row).all() and len(row) for row in found.values())
+    assert 100 < read < 1400
+
+
+def random_words(rng, most=12):
+    return tuple(random_text(rng, most).encode("utf-8", "replace").decode().lower().split())
+
+
+def test_words_come_back_and_none_is_a_special_token(model_folder):
+    """Of random texts and pairs: strings and back, encoding, candidates, substitution."""
+    rng = random.Random(3)
+    _, tokenizer = eval.load_encoder(model_folder)
+    words_of = str.split
+    try:
+        data.prepare_nltk(SHARED if SHARED.is_dir() else None)
+        words_of = data.words_of
+    except data.InputError:
+        pass                                                # without NLTK's data, texts are split at white space
+    for n in range(1200):
+        vocabulary = data.Vocabulary(tokenizer, rng.randint(3, 34), {word: [*random_words(rng, 2), *TABLE.get(word, [])]
+                                                                    for word in random_words(rng) + tuple(TABLE)},
+                                     rng.choice(["piece", "unk"]), rng.randint(1, 12))
+        special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        batch = [tuple(tuple(words_of(random_text(rng, 30))) for _ in range(n % 2 + 1)) for _ in range(2)]
+        out = {name: tensor.tolist() for name, tensor in vocabulary.encode(batch, hull=True).items()}
+        for b, words in enumerate(batch):
+            assert data.from_text(data.to_text(words)) == words
+            seen, ids = vocabulary.visible(words), vocabulary.input_ids(words)
+            assert len(ids) <= vocabulary.max_len and sum(out["attention_mask"][b]) == len(ids)
+            assert ids == out["input_ids"][b][:len(ids)] == [subs[0] for subs in out["subs"][b][:len(ids)]]
+            ends = np.cumsum([0] + [len(text) + 1 for text in seen]).tolist()       # [CLS], and [SEP] after each text
+            assert [l for l, i in enumerate(ids) if i in special] == ends and len(ids) == ends[-1] + 1
+            for l, (subs, mask) in enumerate(zip(out["subs"][b], out["subs_mask"][b])):
+                assert sum(mask) == 1 or l < ends[-1] and not special & {i for i, real in zip(subs, mask) if real}
+            choice = [rng.randrange(sum(mask)) for mask in out["subs_mask"][b]]
+            *premise, new = vocabulary.substitute(words, choice)
+            assert premise == list(seen[:-1]) and len(new) == len(seen[-1])
+            assert all(v == w or v in vocabulary.neighbors[w] for v, w in zip(new, seen[-1]))
+
+
+def test_attacks_on_random_texts_stay_in_their_table():
+    """And find what they say, whatever the words; the victim is any function of the text."""
+    rng = random.Random(4)
+
+    def victim(texts):
+        P = np.array([[1 + hash_of(text) % 7] for text in texts]) / 10
+        return np.hstack([P, 1 - P])
+
+    def hash_of(text):
+        return sum(map(ord, "".join(text)))
+
+    table = {word: list(dict.fromkeys(random_words(rng, 3))) for word in PIECES + WORDS}
+    examples = []
+    for n in range(300):
+        words = " ".join(random_words(rng))
+        examples.append((n, (" ".join(random_words(rng)), words) if n % 2 else words, n // 2 % 2))
+    for method in (attacks.pwws, partial(attacks.genetic, population=3, generations=2)):
+        results = {r.index: r for r in attacks.attack(victim, examples, method, table, progress=False)}
+        assert len(results) == len(examples) and any(r.success for r in results.values())
+        for n, text, y in examples:
+            r = results[n]
+            *premise, old = data.from_text(r.original)
+            *kept, new = data.from_text(r.adversarial)
+            assert r.original == text and kept == premise and len(old) == len(new)
+            assert all(v == w or v in table[w] for v, w in zip(new, old))
+            assert r.prediction == victim([r.adversarial])[0].argmax() and r.success == (r.correct and r.prediction != y)
+            assert r.words_changed == sum(v != w for v, w in zip(new, old)) and r.queries >= 1
