@@ -127,7 +127,7 @@ def replacing(path):
                 if not (tmp.is_dir() and path.is_dir()):  # else another process was quicker
                     raise
     finally:
-        if tmp.exists():
+        with suppress(OSError):  # what cannot even be removed was never there, or its folder is read-only now
             remove(tmp)
 
 

@@ -31,6 +31,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from transformers import PreTrainedModel
 
 import attacks
 import data
@@ -58,6 +59,15 @@ def children(target, *arguments):
 def files_of(folder):
     """{path: content} of all files below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The number of threads decides on the last bits: here and in the children it is one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -587,3 +597,221 @@ def test_attacks_on_random_texts_stay_in_their_table():
             assert all(v == w or v in table[w] for v, w in zip(new, old))
             assert r.prediction == victim([r.adversarial])[0].argmax() and r.success == (r.correct and r.prediction != y)
             assert r.words_changed == sum(v != w for v, w in zip(new, old)) and r.queries >= 1
+
+
+# ------------------------------------------------------------------------------------------------ odd texts
+
+
+ODD = ["", " ", "good", "...", "?!,;", "😀 👩‍👩‍👧 مرحبا 你好 नमस्ते", "[SEP] [CLS] good </s> <s> <mask> [MASK] <pad> [PAD]", "a\tgood\nmovie\r\n\x0bb",
+       "zyxxyz qwrtp", "the the the", "very " * 100_000, "\u2028 \x00 \x7f é ﬁ İ", "good[SEP]movie </s></s>", "a" * 5000,
+       "GOOD Movie", "<br /><br />"]
+
+
+@pytest.mark.parametrize("pair", [False, True], ids=["texts", "pairs"])
+def test_odd_texts_train_evaluate_and_are_attacked(model_folder, tmp_path, plain_words, monkeypatch, pair):
+    """As training text and test text, as premise and hypothesis; special tokens stand at the ends of texts only."""
+    rng = np.random.default_rng(0)
+    if pair:
+        labels, folder = ("entailment", "contradiction", "neutral"), tmp_path / "data" / "snli_1.0"
+        folder.mkdir(parents=True)
+        plain = lambda i: review(rng, i % 2)
+        for split in ("train", "dev", "test"):
+            pairs = [both for i, odd in enumerate(ODD) for both in ((odd, plain(i)), (plain(i), odd), (odd, odd))]
+            rows = [{"gold_label": labels[i % 3], "sentence1": a, "sentence2": b} for i, (a, b) in enumerate(pairs)]
+            (folder / f"snli_1.0_{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        for split in ("train", "test"):
+            for c, label in enumerate(("neg", "pos")):
+                folder = tmp_path / "data" / "aclImdb" / split / label
+                folder.mkdir(parents=True)
+                for i, odd in enumerate([*ODD, *(review(rng, c) for _ in range(8))]):
+                    (folder / f"{i}_1.txt").write_bytes(odd.encode())
+    (tmp_path / "table.json").write_text(json.dumps(TABLE | {"good": ["</s>", "[sep]", "great", "😀"], "...": ["?!"]}))
+    encode, seen = data.Vocabulary.encode, []
+
+    def checked(self, batch, hull=False):
+        out = encode(self, batch, hull)
+        for b, words in enumerate(batch):
+            ids = out["input_ids"][b, :out["attention_mask"][b].sum()].tolist()
+            ends = np.cumsum([0] + [len(text) + 1 for text in self.visible(words)]).tolist()
+            special = set(self.tokenizer.all_special_ids) - {self.unk}
+            assert [l for l, i in enumerate(ids) if i in special] == ends and len(ids) <= self.max_len
+            seen.append(words)
+            if hull:
+                others = out["subs"][b, :, 1:][out["subs_mask"][b, :, 1:]].tolist()
+                assert not special & set(others)
+        return out
+
+    monkeypatch.setattr(data.Vocabulary, "encode", checked)
+    task = "snli" if pair else "imdb"
+    train.main(["--task", task, "--data-dir", str(tmp_path / "data"), "--model", str(model_folder), "--neighbors",
+                str(tmp_path / "table.json"), "--out", str(tmp_path / "runs"), *SMALL, "--epochs", "1", "--batch-size", "9"])
+    run = tmp_path / "runs" / "rift"
+    eval.main([str(run), "--attacks", "pwws", "genetic", "hull", "--lm-constraint", "none", "--population", "4",
+               "--generations", "2", "--device", "cpu"])
+    lines = [json.loads(line) for line in (run / "attacks.jsonl").read_text().splitlines()]
+    assert {line["attack"] for line in lines} == {"pwws", "genetic", "hull"} and len(seen) > 100
+    assert ((), ()) in seen if pair else ((),) in seen
+    words = {word for texts in seen for text in texts for word in text}
+    assert {"😀", "[sep]", "</s>", "...", "zyxxyz"} <= words
+
+
+# ------------------------------------------------------------------------------------------------ at once
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves BODY, slowly: those who ask at once are answered at once."""
+    meet = threading.Barrier(3)
+    body = bytes(random.Random(0).randbytes(200_000))
+
+    def do_GET(self):
+        self.meet.wait(60)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    def log_message(self, *args):
+        pass
+
+
+def locates(cache, url):
+    os.environ["RIFT_CACHE"] = str(cache)
+    data.RESOURCES["imdb"] = ("a.tar.gz", "a", url, None)
+    assert data.locate("imdb").read_bytes() == Server.body
+
+
+def test_processes_that_download_at_once_all_succeed(tmp_path):
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{httpd.server_address[1]}/a"
+    assert children(locates, *[(tmp_path / "new", url)] * 3) == [0, 0, 0]
+    httpd.shutdown()
+    httpd.server_close()
+    assert files_of(tmp_path) == {"new/a.tar.gz": Server.body}
+
+
+def pretrains(cache, meeting):
+    """Pre-trains for three steps, but starts only when the others have found the cache empty too."""
+    torch.set_num_threads(1)
+    os.environ["RIFT_CACHE"] = str(cache)
+    real = train.pretrain_toy
+
+    def together(folder):
+        meeting.wait(60)
+        real(folder, steps=3)
+        meeting.wait(60)
+
+    train.pretrain_toy = together
+    encoder, _ = eval.load_encoder(train.toy_encoder())
+    assert all(torch.isfinite(p).all() for p in encoder.parameters())
+
+
+def test_processes_that_pretrain_at_once_all_succeed(tmp_path):
+    meeting = SPAWN.Barrier(2)
+    assert children(pretrains, *[(tmp_path / "cache", meeting)] * 2) == [0, 0]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["toy-encoder-1"]
+
+
+def test_a_folder_that_another_process_was_quicker_to_make_stays(tmp_path):
+    with data.replacing(tmp_path / "folder") as tmp:
+        tmp.mkdir()
+        (tmp / "a").write_text("second")
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "a").write_text("first")
+    assert files_of(tmp_path) == {"folder/a": b"first"}
+
+
+# ------------------------------------------------------------------------------------------------ disk full, read-only
+
+
+STEP = [*TRAIN, *SMALL, "--save-minutes", "0", "--out", "full"]
+
+
+@pytest.mark.parametrize("owner, name", [(os, "replace"), (Path, "write_bytes"), (PreTrainedModel, "save_pretrained")],
+                         ids=["replace", "write", "encoder"])
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS], ids=["full", "read-only"])
+def test_a_disk_that_is_full_is_one_line_and_the_run_goes_on_later(here, unkilled, capsys, monkeypatch, owner, name, error):
+    """While a checkpoint or the finished encoder is written: the files before stay, and --resume ends as it would have."""
+    real, calls, before = getattr(owner, name), [], {}
+
+    def full(*args, **kwargs):
+        calls.append("checkpoint" in str(args))
+        if name == "save_pretrained" or calls[-1] and sum(calls) == 3:
+            before.update(files_of(here / "full"))
+            raise OSError(error, os.strerror(error))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, full)
+    with pytest.raises(SystemExit) as stop:
+        train.main(STEP)
+    said = capsys.readouterr().err.strip().replace("\r", "\n").splitlines()[-1].strip()
+    assert stop.value.code == 2 and said.startswith("train.py: error: full/rift/") and os.strerror(error) in said
+    assert "checkpoint.safetensors: cannot be written" in said or "encoder: cannot be written" in said
+    after = files_of(here / "full")
+    assert {k: v for k, v in before.items() if ".tmp" not in k} == after and "rift/checkpoint.safetensors" in after
+    monkeypatch.setattr(owner, name, real)
+    train.main([*STEP, "--resume"])
+    assert outcome(here / "full" / "rift") == unkilled[0]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(here, capsys, monkeypatch):
+    """Also with --overwrite, before anything is deleted."""
+    before = files_of(here / "runs")
+
+    def read_only(self, *args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "unlink", read_only)
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    for extra in (["--method", "standard", "--overwrite"], ["--out", "new"]):
+        with pytest.raises(SystemExit) as stop:
+            train.main([*TRAIN, *SMALL, *extra])
+        assert stop.value.code == 2 and "cannot be written (Read-only" in capsys.readouterr().err.splitlines()[-1]
+    assert files_of(here / "runs") == before and not (here / "new").exists()
+
+
+# ------------------------------------------------------------------------------------------------ classes
+
+
+def test_heavy_imbalance_and_a_label_missing_in_test_train_and_evaluate(here):
+    """200 texts of one class, 4 of another, 3 of a third that neither dev nor test has: all batches are balanced."""
+    rng = np.random.default_rng(0)
+    counts = {"neg": 200, "pos": 4, "so": 3}
+    rows = [f"{label}\t{review(rng, label == 'pos')}" for label, n in counts.items() for _ in range(n)]
+    tsv("\n".join(["label\ttext", *rows]) + "\n")()
+    for split in ("dev", "test"):
+        tsv("label\ttext\n" + "neg\ta bad film\npos\ta good film\n" * 3, split)()
+    batches, real = [], train.train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", lambda training, batch, y, *rest: batches.append(y.tolist()) or
+                      real(training, batch, y, *rest))
+        train.main([*TRAIN, *SMALL, "--batch-size", "6", "--out", "odd"])
+    assert batches and all(set(Counter(y).values()) == {2} and len(set(y)) == 3 for y in batches)
+    eval.main(["odd/rift", "--attacks", "pwws", "hull", "--device", "cpu"])
+    assert len(json.loads(Path("odd/rift/config.json").read_text())["labels"]) == 3
+
+
+def test_more_processes_than_texts_of_a_class_are_refused(here, capsys, monkeypatch):
+    """Instead of epochs without a single step."""
+    real = train.Processes
+
+    class Many(real):
+        def __init__(self):
+            super().__init__()
+            self.world = 8
+
+        def wrap(self, model):
+            return model
+
+        def wait(self):
+            pass
+
+        def mean(self, values):
+            return values
+
+    monkeypatch.setattr(train, "Processes", Many)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*TRAIN, *SMALL, "--out", "many"])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "--batch-size 8: 8 processes need at least one text of each of 2 classes each" in said
