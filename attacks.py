@@ -196,7 +196,8 @@ def attack(victim, examples, method, synonyms, *, seed=0, batch_size=64, in_flig
 
 
 def attack_one(index, premise, words, y, method, synonyms, seed, name, memory):
-    """One example from its original text to its Result: a generator like the attack that it runs."""
+    """One example from its original text to its Result: a generator like the attack that it runs. Raises ValueError
+    for a label or synonyms that do not fit, as `attack` says."""
     P, adversarial = (yield [words]), words
     if not 0 <= y < P.shape[1]:
         raise ValueError(f"example {index} has label {y}; the victim has classes 0 to {P.shape[1] - 1}")

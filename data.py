@@ -132,7 +132,7 @@ def replacing(path):
 
 
 def remove(path):
-    """Delete a file, or a folder with all that is in it; it may be missing. Raises OSError."""
+    """Delete a file, or a folder with all that is in it; it may be missing. Raises OSError where that fails."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -56,7 +56,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=math.inf, low_open=False):
-    """A type for argparse: an int or float of at least (or, low_open, above) low and at most high."""
+    """A type for argparse: an int or float of at least (or, low_open, above) low and at most high. What it returns
+    raises ArgumentTypeError for any other text."""
     def parse(text):
         with suppress(ValueError):
             value = kind(text)
@@ -831,8 +832,8 @@ def parse(argv):
          "paper: 1,000)")
     p.add_argument("--split", choices=("test", "dev"), default="test", help="dev for choosing anything, test for reporting "
                    "(default: %(default)s)")
-    flag("--population", type=number(int, 2), default=60, help="texts, genetic attack (default and paper: %(default)s)")
-    flag("--generations", type=positive, default=40, help="of the genetic attack (default and paper: %(default)s)")
+    flag("--population", type=number(int, 2), default=60, help="texts at once in the genetic attack (default and paper: %(default)s)")
+    flag("--generations", type=positive, default=40, help="steps of the genetic attack (default and paper: %(default)s)")
     flag("--lm-constraint", metavar="SOURCE", help="what the genetic attack's synonyms must be likely under: none, scores "
          "(the published score file; N are drawn from its texts) or a causal language model's name or folder (default: the "
          "paper's, scores, for imdb and snli; none for other tasks)")

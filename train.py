@@ -186,7 +186,8 @@ def fit(training, task, vocabulary, s, folder):
     """Trains until the last epoch, from where `training` stands, and keeps the best epoch's weights.
 
     After each epoch, every --save-minutes, and when stopped, the state goes to folder/checkpoint.safetensors;
-    the best epoch by robust accuracy on dev (hull) to folder/best.safetensors. Raises Stop when stopped.
+    the best epoch by robust accuracy on dev (hull) to folder/best.safetensors. Raises Stop when stopped, InputError
+    where a loss is not finite, a file cannot be written, or a batch has no text for each process.
     """
     model, at, device, processes = training.model, training.progress, training.model.encoder.device, training.processes
     victim = eval.Victim(model, vocabulary, s["eval_batch_size"], s["precision"])
@@ -260,7 +261,8 @@ def announce(seconds, device):
 
 
 def finish(training, task, vocabulary, s, folder):
-    """The best epoch's weights, measured once on test, become the run's model. Returns the metrics."""
+    """The best epoch's weights, measured once on test, become the run's model. Returns the metrics. Raises InputError
+    where they cannot be read, or the model cannot be written."""
     eval.take_tensors(training.parameters, eval.load_tensors(folder / "best.safetensors")[0], folder / "best.safetensors")
     model = training.model.eval()
     victim = eval.Victim(model, vocabulary, s["eval_batch_size"], s["precision"])
@@ -316,7 +318,8 @@ def open_folder(folder, config, resume, overwrite):
 
 
 def run(task, table, s, folder, processes, resume=False, overwrite=False):
-    """One method, one seed: trains in `folder` and returns nothing; the results are its files."""
+    """One method, one seed: trains in `folder` and returns nothing; the results are its files. Raises InputError for
+    settings that do not fit the model, the data or the run that is there, and Stop when stopped."""
     device = processes.device(s["device"])
     if s["model"] == "toy":
         s = s | {"model": str(toy_encoder())}
@@ -392,7 +395,8 @@ def pretrain_toy(folder, steps=1000, batch_size=32, lr=3e-3, masked=0.4):
 
 
 def toy_encoder():
-    """The folder of the toy task's pre-trained encoder, made when it is not in the cache."""
+    """The folder of the toy task's pre-trained encoder, made when it is not in the cache; InputError if that can't be
+    written."""
     folder = data.cache_dir() / "toy-encoder-1"
     if not (folder / "config.json").exists():
         with data.replacing(folder) as new:
@@ -405,17 +409,17 @@ def toy_encoder():
 
 
 def parse(argv):
-    """The command line of train.py: (arguments, settings of a run but for method and seed)."""
+    """The command line of train.py: (arguments, settings of a run but for method and seed). InputError for wrong ones."""
     p = eval.Parser(prog="train.py", description="Fine-tune BERT or RoBERTa with RIFT. Without arguments: the toy task.")
     run_options = {"method", "seeds", "out", "resume", "overwrite"}
 
-    def flag(name, help, **kinds):
+    def flag(name, help, paper=False, **kinds):
         key = name[2:].replace("-", "_")
         papers = {task: values[key] for task, values in (*PAPER.items(), ("toy", TOY)) if key in values}
-        shown = "; ".join(f"{task} {' '.join(map(str, v)) if isinstance(v, list) else v}" for task, v in papers.items())
-        default = kinds.get("default")
-        p.add_argument(name, help=help + (f" (default: {shown})" if shown else f" (default: {default})"
-                                          if default is not None else ""), **kinds)
+        papers = papers or {"": kinds.get("default")}
+        shown = "; ".join(f"{task} {' '.join(map(str, v)) if isinstance(v, list) else v}".strip() for task, v in papers.items())
+        said = "default and paper" if paper else "default, the paper's but for toy" if len(papers) > 1 else "default"
+        p.add_argument(name, help=help + f" ({said}: {shown})" * (shown != "None"), **kinds)
 
     flag("--task", "toy, imdb, snli, or a folder with train.tsv, test.tsv and perhaps dev.tsv", default="toy", metavar="TASK")
     flag("--method", f"one or more of {', '.join(METHODS)}; they train one after another", nargs="+", choices=METHODS,
@@ -426,45 +430,52 @@ def parse(argv):
     flag("--pooling", "S and T: the encoder's pooler, or the mean over tokens", choices=("pooler", "mean"))
     flag("--unknown-words", "a word outside the vocabulary becomes its first piece, or [UNK] (the authors' rule)",
          choices=("piece", "unk"), default="piece")
-    flag("--device", "such as cpu or cuda:0; else a GPU if there is one")
+    flag("--device", "such as cpu or cuda:0 (default: a GPU if there is one)", metavar="NAME")
     flag("--precision", "of the encoder; losses are always fp32. auto: bf16 on GPUs that have it",
          choices=("auto", "fp32", "bf16"), default="auto")
-    flag("--data-dir", "where archives, tables and NLTK data are looked for before the cache", metavar="DIR")
-    flag("--neighbors", "substitution table: vectors (.txt, .zip), a table (.json) or wordnet; else the counter-fitted "
-         "vectors", metavar="FILE")
-    flag("--train-size", "class-balanced subset, texts (paper: all)", type=positive, metavar="N")
-    flag("--dev-size", "texts (imdb: 1,000 of train)", type=positive, metavar="N")
-    flag("--test-size", "texts (paper: all)", type=positive, metavar="N")
+    flag("--data-dir", "where archives, tables and NLTK data are looked for first (default: the cache, ~/.cache/rift)",
+         metavar="DIR")
+    flag("--neighbors", "substitution table: vectors (.txt, .zip), a table (.json) or wordnet (default and paper: the "
+         "counter-fitted vectors; toy: its own)", metavar="FILE")
+    flag("--train-size", "texts, a class-balanced subset (default and paper: all)", type=positive, metavar="N")
+    flag("--dev-size", "texts to choose the epoch on (default: all; without any a tenth of train, 1,000 at most; the "
+         "paper has none)", type=positive, metavar="N")
+    flag("--test-size", "texts (default and paper: all)", type=positive, metavar="N")
     flag("--split-seed", "of the subsets: the same for every method and seed", type=number(int, 0), default=0,
          metavar="S")
     flag("--max-len", "longest input in tokens, special tokens included", type=number(int, 4), metavar="L")
     flag("--epochs", "passes over the smallest class", type=positive, metavar="N")
-    flag("--batch-size", "texts a step", type=positive, metavar="B")
+    flag("--batch-size", "texts a step; what the classes do not divide is left out", type=positive, metavar="B")
     flag("--micro-batch-size", "texts a forward pass, gradients add up to the batch; L_info compares within these "
          "(default: the batch)", type=positive, metavar="B")
     flag("--eval-batch-size", "texts a forward pass in evaluation", type=positive, default=64, metavar="B")
-    flag("--lr", "AdamW's learning rate after the warm-up", type=number(float, 0, low_open=True))
+    flag("--lr", "AdamW's learning rate after the warm-up", type=number(float, 0, low_open=True), metavar="X")
     flag("--schedule", "factors of lr in the first epochs, the last one stays", type=number(float, 0), nargs="+",
          metavar="F")
     flag("--weight-decay", "AdamW's, on head and projections; the encoder has none", type=number(float, 0),
-         default=2e-4)
-    flag("--adam-eps", "AdamW's epsilon", type=number(float, 0, low_open=True), default=1e-6)
-    flag("--alpha", "weight of L_info", type=number(float, 0))
-    flag("--beta", "weight of the KL term", type=number(float, 0))
-    flag("--tau", "temperature of L_info's score", type=number(float, 0, low_open=True), default=0.2)
-    flag("--adv-steps", "steps of the adversary", type=number(int, 0), metavar="N")
-    flag("--adv-lr", "learning rate of the adversary's Adam", type=number(float, 0), default=1.0)
-    flag("--adv-weight-decay", "of the adversary's Adam", type=number(float, 0), default=2e-5)
-    flag("--sparsity", "weight of the entropy that the adversary avoids", type=number(float, 0), default=15.0)
+         default=2e-4, paper=True, metavar="X")
+    flag("--adam-eps", "AdamW's epsilon", type=number(float, 0, low_open=True), default=1e-6,
+         paper=True, metavar="X")
+    flag("--alpha", "weight of L_info, which is in nats", type=number(float, 0), metavar="X")
+    flag("--beta", "weight of the KL term, in nats", type=number(float, 0), metavar="X")
+    flag("--tau", "temperature of L_info's score", type=number(float, 0, low_open=True), default=0.2, paper=True,
+         metavar="X")
+    flag("--adv-steps", "steps of the adversary's search in the hull; 0: noise only", type=number(int, 0), metavar="N")
+    flag("--adv-lr", "learning rate of the adversary's Adam", type=number(float, 0), default=1.0, paper=True,
+         metavar="X")
+    flag("--adv-weight-decay", "of the adversary's Adam", type=number(float, 0), default=2e-5, paper=True, metavar="X")
+    flag("--sparsity", "weight of the entropy that the adversary avoids", type=number(float, 0), default=15.0,
+         paper=True, metavar="X")
     flag("--candidates", "words of a position in the hull at most, the word itself included", type=number(int, 1, 1000),
-         default=10, metavar="K")
-    flag("--ptwd", "lambda, weight of ||theta_s - theta_t||_2 in adv-ptwd", type=number(float, 0), default=0.01)
-    flag("--mixout", "p of adv-mixout", type=number(float, 0, 0.999), default=0.7)
+         default=10, paper=True, metavar="K")
+    flag("--ptwd", "lambda, weight of ||theta_s - theta_t||_2 in adv-ptwd", type=number(float, 0), default=0.01,
+         metavar="X")
+    flag("--mixout", "p of adv-mixout, a probability", type=number(float, 0, 0.999), default=0.7, metavar="P")
     flag("--out", "each run has its folder OUT/METHOD, or OUT/METHOD-SEED with several seeds (default: runs/TASK)",
          type=Path, metavar="DIR")
     flag("--resume", "go on with runs that were stopped; finished ones are left alone", action="store_true")
     flag("--overwrite", "replace runs that are there", action="store_true")
-    flag("--save-minutes", "between checkpoints within an epoch", type=number(float, 0), default=10.0)
+    flag("--save-minutes", "minutes between checkpoints within an epoch", type=number(float, 0), default=10.0, metavar="M")
     args = p.parse_args(argv)
     if args.task not in ("toy", *PAPER) and not Path(args.task).is_dir():
         raise InputError(f"--task {args.task}: has to be toy, imdb, snli, or a folder with train.tsv and test.tsv")
