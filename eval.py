@@ -201,9 +201,9 @@ def attention_for(device, precision):
 def load_encoder(name_or_dir, complete=False, attention="sdpa"):
     """A BERT or RoBERTa encoder and its tokenizer, from the hub or a folder: float32, safetensors, no remote code.
 
-    attention: see attention_for(). Returns (encoder, tokenizer). Raises InputError where there is none, where it is of another kind, or where a
-    tensor is missing or of the wrong shape; unless `complete`, a pooler may be missing (RoBERTa's), it starts at
-    random.
+    attention: see attention_for(). Returns (encoder, tokenizer). Raises InputError where there is none, where it is of
+    another kind, where a tensor is missing or of the wrong shape, or where the tokenizer has more tokens than the
+    encoder; unless `complete`, a pooler may be missing (RoBERTa's), it starts at random.
     """
     local = Path(name_or_dir).is_dir()
     try:
@@ -570,7 +570,8 @@ def evaluate(folder, victim, plan, args, processes):
     and, for test, the attacks' figures into metrics.json.
 
     What attacks.jsonl already holds of the same settings is not attacked again; what is left is shared out among the
-    processes, and the first of them writes the files. Raises InputError if its settings differ, and ValueError if the victim's probabilities are none.
+    processes, and the first of them writes the files. Raises InputError if its settings differ, and ValueError if the
+    victim's probabilities are none.
     Returns {"name", "method", "labels", "clean": (N,) bool, attack: {"robust": (N,) bool, "lines": [dict], "settings"}}.
     """
     suffix = "" if args.split == "test" else f"-{args.split}"
@@ -832,8 +833,10 @@ def parse(argv):
          "paper: 1,000)")
     p.add_argument("--split", choices=("test", "dev"), default="test", help="dev for choosing anything, test for reporting "
                    "(default: %(default)s)")
-    flag("--population", type=number(int, 2), default=60, help="texts at once in the genetic attack (default and paper: %(default)s)")
-    flag("--generations", type=positive, default=40, help="steps of the genetic attack (default and paper: %(default)s)")
+    flag("--population", type=number(int, 2), default=60, help="texts at once in the genetic attack (default and paper: "
+         "%(default)s)")
+    flag("--generations", type=positive, default=40, help="steps of the genetic attack (default and paper: "
+         "%(default)s)")
     flag("--lm-constraint", metavar="SOURCE", help="what the genetic attack's synonyms must be likely under: none, scores "
          "(the published score file; N are drawn from its texts) or a causal language model's name or folder (default: the "
          "paper's, scores, for imdb and snli; none for other tasks)")

@@ -409,7 +409,7 @@ def toy_encoder():
 
 
 def parse(argv):
-    """The command line of train.py: (arguments, settings of a run but for method and seed). InputError for wrong ones."""
+    """The command line of train.py: (arguments, settings of a run but for method and seed). Raises InputError."""
     p = eval.Parser(prog="train.py", description="Fine-tune BERT or RoBERTa with RIFT. Without arguments: the toy task.")
     run_options = {"method", "seeds", "out", "resume", "overwrite"}
 
@@ -417,15 +417,16 @@ def parse(argv):
         key = name[2:].replace("-", "_")
         papers = {task: values[key] for task, values in (*PAPER.items(), ("toy", TOY)) if key in values}
         papers = papers or {"": kinds.get("default")}
-        shown = "; ".join(f"{task} {' '.join(map(str, v)) if isinstance(v, list) else v}".strip() for task, v in papers.items())
+        shown = "; ".join(f"{task} {' '.join(map(str, v)) if isinstance(v, list) else v}".strip()
+                          for task, v in papers.items())
         said = "default and paper" if paper else "default, the paper's but for toy" if len(papers) > 1 else "default"
         p.add_argument(name, help=help + f" ({said}: {shown})" * (shown != "None"), **kinds)
 
     flag("--task", "toy, imdb, snli, or a folder with train.tsv, test.tsv and perhaps dev.tsv", default="toy", metavar="TASK")
     flag("--method", f"one or more of {', '.join(METHODS)}; they train one after another", nargs="+", choices=METHODS,
          metavar="NAME")
-    flag("--seeds", "of heads, batches, dropout and the adversary's noise", nargs="+", type=number(int, 0, 2**63 - 1), default=[0],
-         metavar="S")
+    flag("--seeds", "of heads, batches, dropout and the adversary's noise", nargs="+", type=number(int, 0, 2**63 - 1),
+         default=[0], metavar="S")
     flag("--model", "a BERT or RoBERTa encoder: a name on the hub or a folder", metavar="NAME_OR_DIR")
     flag("--pooling", "S and T: the encoder's pooler, or the mean over tokens", choices=("pooler", "mean"))
     flag("--unknown-words", "a word outside the vocabulary becomes its first piece, or [UNK] (the authors' rule)",
@@ -475,7 +476,8 @@ def parse(argv):
          type=Path, metavar="DIR")
     flag("--resume", "go on with runs that were stopped; finished ones are left alone", action="store_true")
     flag("--overwrite", "replace runs that are there", action="store_true")
-    flag("--save-minutes", "minutes between checkpoints within an epoch", type=number(float, 0), default=10.0, metavar="M")
+    flag("--save-minutes", "minutes between checkpoints within an epoch", type=number(float, 0), default=10.0,
+         metavar="M")
     args = p.parse_args(argv)
     if args.task not in ("toy", *PAPER) and not Path(args.task).is_dir():
         raise InputError(f"--task {args.task}: has to be toy, imdb, snli, or a folder with train.tsv and test.tsv")
