@@ -194,7 +194,7 @@ class Processes:
 
 def attention_for(device, precision):
     """The attention of transformers that is fastest: fused, but plain in bf16 on CPUs, where the gradient of torch's
-    fused one takes 1.3 (200 tokens) to 10 times as long (25 tokens)."""
+    fused one takes up to 1.3 (200 tokens) and about 10 times as long (25 tokens)."""
     return "eager" if device.type == "cpu" and precision == "bf16" else "sdpa"
 
 
