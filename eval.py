@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -468,13 +469,19 @@ def wilson(successes, n, z=1.96):
 
 
 def paired_bootstrap(a, b, draws=10_000, seed=0):
-    """The difference mean(a) - mean(b) on the same examples, and its 95% bootstrap interval.
+    """The difference mean(a) - mean(b) on the same N texts, and its 95% bootstrap interval over texts and runs.
 
-    a, b: (N,) bool or float. Returns (difference, low, high).
+    a, b: (R, N) bool or float, R runs each, or (N,) of a single one. Returns (difference, low, high).
     """
-    d = np.asarray(a, float) - np.asarray(b, float)                              # (N,)
-    means = d[np.random.default_rng(seed).integers(len(d), size=(draws, len(d)))].mean(1)
-    return d.mean(), *np.quantile(means, [0.025, 0.975])
+    a, b = np.atleast_2d(a).astype(float), np.atleast_2d(b).astype(float)
+    rng = np.random.default_rng(seed)
+    texts = rng.integers(a.shape[1], size=(draws, a.shape[1]))
+
+    def resampled(x):
+        runs = rng.multinomial(len(x), np.full(len(x), 1 / len(x)), size=draws) / len(x)        # (draws, R)
+        return np.take_along_axis(runs @ x, texts, axis=1).mean(1)                              # (draws,)
+
+    return a.mean() - b.mean(), *np.quantile(resampled(a) - resampled(b), [0.025, 0.975])
 
 
 # ---- Attacking a run ------------------------------------------------------------------------------
@@ -676,16 +683,34 @@ def comparison_table(found, names):
     return aligned(rows)
 
 
+def by_method(found):
+    """{method: its runs}, in the order in which they come."""
+    return {method: [run for run in found if run["method"] == method]
+            for method in dict.fromkeys(run["method"] for run in found)}
+
+
+def scores(runs, name):
+    """Which texts each run has right, clean or under an attack: (R, N) bool."""
+    return np.stack([run["clean"] if name == "clean" else run[name]["robust"] for run in runs])
+
+
 def seeds_table(found, names):
     """The same over seeds: a row a method, mean and standard deviation over its runs. Returns lines of text, [] where
     no method has several runs."""
     rows = [["method", "runs", "clean", *names]]
-    for method in dict.fromkeys(run["method"] for run in found):
-        runs = [run for run in found if run["method"] == method]
-        scores = [[(run["clean"] if name == "clean" else run[name]["robust"]).mean() for run in runs]
-                  for name in ("clean", *names)]
-        rows.append([method, str(len(runs)), *(f"{np.mean(x):.3f} (sd {np.std(x, ddof=len(x) > 1):.3f})" for x in scores)])
+    for method, runs in by_method(found).items():
+        means = [scores(runs, name).mean(1) for name in ("clean", *names)]
+        rows.append([method, str(len(runs)), *(f"{x.mean():.3f} (sd {x.std(ddof=len(x) > 1):.3f})" for x in means)])
     return aligned(rows) if len(rows) <= len(found) else []
+
+
+def differences_table(pairs, names):
+    """Paired differences: a row for each (name, runs, other runs) in pairs. Returns lines of text."""
+    rows = [["difference", "clean", *names]]
+    for label, runs, others in pairs:
+        differences = [paired_bootstrap(scores(runs, name), scores(others, name)) for name in ("clean", *names)]
+        rows.append([label, *("{:+.3f} [{:+.3f}, {:+.3f}]".format(*d) for d in differences)])
+    return aligned(rows)
 
 
 def aligned(rows):
@@ -711,15 +736,18 @@ def report(groups, args):
     print(f"\nAccuracy on N {args.split} texts (seed {args.seed}) with its 95% Wilson interval; words: mean share of the "
           "words changed where\nthe attack succeeded; queries: mean number of texts asked, an attacked example\n")
     print("\n".join(comparison_table(found, args.attacks)))
-    for group in groups:
-        if table := seeds_table(group, args.attacks):
-            print("\n".join(["\nMean and standard deviation over runs:", *table]))
     for first, *others in groups:
-        for run in others:
-            print(f"\n{run['name']} minus {first['name']}, on the same texts, with the 95% bootstrap interval:")
-            for name in ("clean", *args.attacks):
-                a, b = (r["clean"] if name == "clean" else r[name]["robust"] for r in (run, first))
-                print("  {}: {:+.3f} [{:+.3f}, {:+.3f}]".format(name, *paired_bootstrap(a, b)))
+        methods = by_method([first, *others])
+        if table := seeds_table([first, *others], args.attacks):
+            pairs = [(f"{b} - {a}", methods[b], methods[a]) for a, b in itertools.combinations(methods, 2)]
+            print("\n".join(["\nMean and standard deviation over runs:", *table]))
+            if pairs:
+                print("\nDifferences of methods, on the same texts, with the 95% bootstrap interval over texts and runs:")
+                print("\n".join(differences_table(pairs, args.attacks)))
+        if others:
+            pairs = [(run["name"], [run], [first]) for run in others]
+            print(f"\nEach run minus {first['name']}, on the same texts, with the 95% bootstrap interval:")
+            print("\n".join(differences_table(pairs, args.attacks)))
     for run in found:
         for name in args.attacks:
             for line in [line for line in run[name]["lines"] if line["success"]][:args.show]:

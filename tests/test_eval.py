@@ -255,9 +255,13 @@ def test_every_run_is_attacked_on_the_same_texts(runs, capsys):
     settings = [json_of(folder / "eval.json")["settings"]["pwws"] for folder in folders]
     assert settings[0] == settings[1] == settings[2] and settings[0]["num_examples"] == 10
     out = capsys.readouterr().out
-    assert [line.split()[:2] for line in out.splitlines() if " words " not in line and line.startswith(str(folders[0].parent))
-            and "minus" not in line and "->" not in line] == [[str(folder), "10"] for folder in folders]
-    assert out.count(f"minus {folders[0]}, on the same texts") == 2
+    table, differences = out.split(f"Each run minus {folders[0]}, on the same texts")
+    assert [line.split()[:2] for line in table.splitlines() if line.startswith(str(folders[0].parent))] == [
+        [str(folder), "10"] for folder in folders]
+    robust = [json_of(folder / "eval.json")["pwws"] for folder in folders]
+    for folder, accuracy in zip(folders[1:], robust[1:]):
+        [row] = [line for line in differences.splitlines() if line.startswith(str(folder)) and "->" not in line]
+        assert f"{accuracy - robust[0]:+.3f} [" in row
     order = {line["index"] for folder in folders for line in lines_of(folder)}
     assert len(order) <= 10
     evaluate(folders[0], "--attacks", "pwws", "--num-examples", 10, "--seed", 4, "--overwrite")
@@ -741,3 +745,20 @@ def test_seeds_are_averaged_by_method():
     assert adv.split() == ["adv", "2", *["0.750", "(sd", "0.354)"] * 2]
     assert rift_.split() == ["rift", "1", *["0.500", "(sd", "0.000)"] * 2]
     assert eval.seeds_table(runs[1:], ["pwws"]) == []
+
+
+def test_differences_of_methods_are_as_uncertain_as_runs_and_texts():
+    """0.75 - 0.25 of two runs each is 0.5; runs that agree leave the texts' uncertainty, runs that differ widen it."""
+    rng = np.random.default_rng(0)
+    better, worse = rng.random(100) < 0.75, rng.random(100) < 0.25
+    _, low, high = eval.paired_bootstrap([better, better], [worse, worse])
+    assert (low, high) == pytest.approx(eval.paired_bootstrap(better, worse)[1:], abs=1e-9)
+    d, wide_low, wide_high = eval.paired_bootstrap([better, worse], [worse, worse])
+    assert d == pytest.approx((better.mean() - worse.mean()) / 2) and wide_high - wide_low > high - low
+
+    def run(correct):
+        return {"clean": correct, "pwws": {"robust": correct}}
+
+    head, row = eval.differences_table([("adv - standard", [run(better)] * 2, [run(worse)] * 2)], ["pwws"])
+    assert head.split() == ["difference", "clean", "pwws"] and row.startswith("adv - standard")
+    assert row.count(f"{better.mean() - worse.mean():+.3f} [") == 2
