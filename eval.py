@@ -756,6 +756,8 @@ def report(groups, args):
                                     initial_indent="  ", subsequent_indent="  "))
 
 
+LOGGED = ("epoch", "params_l2", "cka", "dev_clean", "dev_hull")                # of a line of log.jsonl, what is drawn
+
 # ---- Figures (section 6). Colours of Okabe and Ito, and a marker each: they differ in print and to every eye. ----
 
 STYLES = {"clean": ("black", "o"), "robust": ("#D55E00", "s"), "standard": ("black", "o"), "adv": ("#0072B2", "s"),
@@ -776,9 +778,10 @@ def means(rows, by, name):
     return values, mean, np.maximum([mean - low, high - mean], 0)                # not -1e-17
 
 
-def plot(folders, path, attack=None):
+def plot(folders, path, attack=None, split="test"):
     """Draws what the runs vary: accuracy over alpha (adv: 0), clean against robust accuracy over beta, or else
-    forgetting per epoch. attack: whose robust accuracy (None: the first of genetic, pwws, .. that every run has).
+    forgetting per epoch. attack: whose robust accuracy (None: the first of genetic, pwws, .. that every run has);
+    split: on which texts; on dev, "hull" and clean of the best epoch are in every run's log.
 
     Raises InputError where matplotlib is not installed, cannot write such a file, or a run lacks what is drawn.
     """
@@ -786,18 +789,23 @@ def plot(folders, path, attack=None):
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("--plot needs matplotlib: pip install matplotlib") from None
-    metrics = {folder: read_json(folder / "metrics.json") for folder in folders}
-    attack = attack or next((a for a in ("genetic", *ATTACKS) if all(a in m for m in metrics.values())), "hull")
-    runs, epochs = [], []
-    for folder, scores in metrics.items():
-        s = settings_of(folder)
-        if (folder / "eval.json").exists() and attack in read_json(folder / "eval.json"):
-            scores = read_json(folder / "eval.json")                             # clean and robust of the same texts
-        if not {"clean", attack} <= scores.keys():
+    found, runs, epochs = {}, [], []
+    for folder in folders:                  # accuracies after training, then those of eval.py: clean and robust of the same texts
+        settings, log = settings_of(folder), read_lines(folder / "log.jsonl", LOGGED)
+        found[folder] = [read_json(folder / "metrics.json")]
+        if split == "dev" and log:
+            best = max(log, key=lambda line: line["dev_hull"])
+            found[folder] = [{"clean": best["dev_clean"], "hull": best["dev_hull"], "num_examples": settings["dev_size"]}]
+        evaluated = folder / ("eval.json" if split == "test" else "eval-dev.json")
+        found[folder] += [read_json(evaluated)] if evaluated.exists() else []
+        epochs += [settings | line | {"epoch": line["epoch"] + 1} for line in log]
+    attack = attack or next((a for a in ("genetic", *ATTACKS) if all(a in f[0] | f[-1] for f in found.values())), "hull")
+    for folder, scores in found.items():
+        scores = next((x for x in reversed(scores) if {"clean", attack} <= x.keys()), None)
+        if scores is None:
             raise InputError(f"--plot: {folder} has not been attacked: run eval.py {folder} --attacks {attack} first")
+        s = settings_of(folder)
         runs.append(s | scores | {"alpha": s["alpha"] if s["method"] == "rift" else 0.0, "task": Path(s["task"]).name})
-        epochs += [runs[-1] | line | {"epoch": line["epoch"] + 1}
-                   for line in read_lines(folder / "log.jsonl", ["epoch", "params_l2", "cka"])]
     if len({run["task"] for run in runs}) > 1 or not epochs:
         raise InputError("--plot: the runs are of several tasks, or their log.jsonl are empty")
 
@@ -930,7 +938,7 @@ def main(argv=None):
             again = shlex.join(str(arg) for arg in argv if arg != "--overwrite")
             raise KeyboardInterrupt(f"the finished examples are kept, go on with: python eval.py {again}") from None
     if args.plot and processes.rank == 0:
-        plot(args.runs, args.plot, args.plot_attack)
+        plot(args.runs, args.plot, args.plot_attack, args.split)
 
 
 if __name__ == "__main__":

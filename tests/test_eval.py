@@ -526,6 +526,18 @@ def test_plot_can_follow_attacks(run, tmp_path):
     assert (tmp_path / "figure").read_bytes()[1:4] == b"PNG" and (run / "attacks.jsonl").exists()
 
 
+def test_dev_figures_show_the_best_epoch_of_the_log(run, monkeypatch, tmp_path):
+    """--split dev draws what the epoch was chosen by, never the test split's accuracy."""
+    pytest.importorskip("matplotlib")
+    drawn, means = [], eval.means
+    monkeypatch.setattr(eval, "means", lambda rows, by, name: drawn.extend(rows) or means(rows, by, name))
+    other = shutil.copytree(run, run.parent / "other")
+    change(other, alpha=0.9)
+    evaluate(run, other, "--split", "dev", "--plot", tmp_path / "figure.png")
+    best = max(lines_of(run, "log.jsonl"), key=lambda line: line["dev_hull"])
+    assert {(row["clean"], row["hull"]) for row in drawn if "clean" in row} == {(best["dev_clean"], best["dev_hull"])}
+
+
 def test_without_matplotlib_it_is_one_line(run, monkeypatch, capsys, tmp_path):
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
