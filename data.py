@@ -690,11 +690,10 @@ def toy_neighbors():
 
 
 def toy_splits(sizes, split_seed):
-    """{"train", "dev", "test": [Example, ..]}. Train and dev lean (0.8) and have half of the sentiment words; test leans
-    a little less (0.75), has all adjectives, and the verbs that training never shows. sizes: {split: n}, None is the
-    toy's own."""
-    rng = random.Random(f"toy {split_seed + 1}")
-    labelled = dict(lean=0.8, words=2, verbs=slice(0, 1))
-    own = {"train": (64, labelled), "dev": (120, labelled), "test": (200, dict(lean=0.75, verbs=slice(1, 2)))}
-    return {split: [Example(from_text(toy_review(rng, i % 2, (3, 4), **shape)), i % 2) for i in range(sizes[split] or n)]
-            for split, (n, shape) in own.items()}
+    """{"train", "dev", "test": [Example, ..]}. All lean (0.8). Train and dev have half of the sentiment words; test has all
+    adjectives, and the verbs that training never shows. sizes: {split: n}, None is the toy's own."""
+    rng = random.Random(f"toy {split_seed + 2}")
+    labelled, unseen = dict(words=2, verbs=slice(0, 1)), dict(verbs=slice(1, 2))
+    own = {"train": (64, labelled), "dev": (40, labelled), "test": (200, unseen)}
+    return {split: [Example(from_text(toy_review(rng, i % 2, (3, 4), lean=0.8, **words)), i % 2)
+                    for i in range(sizes[split] or n)] for split, (n, words) in own.items()}

@@ -49,7 +49,7 @@ PAPER = {
                  lr=2e-5, beta=5.0, alpha=0.7, adv_steps=10, schedule=[0.1, 0.55, 1.0]),
 }
 TOY = dict(PAPER["imdb"], method=["standard", "adv", "rift"], model="toy", pooling="mean", max_len=64, batch_size=16,
-           epochs=25, lr=2e-3, beta=5.0, alpha=0.3)
+           epochs=20, lr=2e-3, beta=5.0, alpha=0.2)
 
 
 # ------------------------------------------------------------------------------------------------
