@@ -655,32 +655,33 @@ TOY_CLAUSES = ["the {noun} was {adverb} {adjective}", "{adverb} {adjective} {nou
 TOY_OPINION = "{people} {verb} the {description} {noun}"
 
 
-def toy_review(rng, y, clauses, lean=0.0, words=4, verbs=slice(None)):
+def toy_review(rng, y, lean=0.0, labelled=False):
     """One review of class y (0 blame, 1 praise) -> str. rng: random.Random.
 
-    clauses: how many on aspects at least and at most, besides the opinion. lean: how often a neutral concept takes one
-    of its first two words for praise, one of its last two for blame, a shortcut that says nothing about sentiment.
-    words: of each sentiment concept, how many of the four occur; verbs: which of the class's concepts of verbs do.
+    lean: how often a neutral concept takes one of its first two words for praise, one of its last two for blame:
+    a shortcut that says nothing about sentiment. labelled: a training text, which takes the sentiment words from
+    the first two of their concept, the verbs from the first concept.
     """
     def neutral(concept):
         return rng.choice((concept[:2] if y else concept[2:]) if rng.random() < lean else concept)
 
     def clause(template):
-        noun, praise, blame = rng.choice(TOY_ASPECTS)
-        sentiment = {"adjective": praise if y else blame, "verb": rng.choice(TOY_OTHERS["love" if y else "hate"][verbs])}
-        fill = {slot: rng.choice(concept[:words]) for slot, concept in sentiment.items()}
+        noun, praise, blame = TOY_ASPECTS[rng.randrange(len(TOY_ASPECTS))]
+        verbs = TOY_OTHERS["love" if y else "hate"][: 1 if labelled else None]
+        sentiment = {"adjective": praise if y else blame, "verb": rng.choice(verbs)}
+        fill = {slot: rng.choice(concept[: 2 if labelled else None]) for slot, concept in sentiment.items()}
         fill |= {slot: neutral(rng.choice(TOY_OTHERS[slot])) for slot in ("adverb", "people", "description", "opener")}
         return template.format(noun=neutral(noun), **fill)
 
-    templates = rng.choices(TOY_CLAUSES, k=rng.randint(*clauses)) + [TOY_OPINION]
-    rng.shuffle(templates)
-    return " ".join(map(clause, ["{opener}"] + templates))
+    clauses = rng.choices(TOY_CLAUSES, k=rng.randint(3, 4)) + [TOY_OPINION]
+    rng.shuffle(clauses)
+    return " ".join(map(clause, ["{opener}"] + clauses))
 
 
 def toy_pretraining_texts(n=4000):
-    """The unlabelled texts that the toy encoder is pre-trained on: of both classes, longer, all words, no lean."""
+    """The unlabelled texts that the toy encoder is pre-trained on: of both classes, all words, no lean."""
     rng = random.Random("toy")
-    return [toy_review(rng, i % 2, clauses=(6, 7)) for i in range(n)]
+    return [toy_review(rng, i % 2) for i in range(n)]
 
 
 def toy_neighbors():
@@ -690,10 +691,9 @@ def toy_neighbors():
 
 
 def toy_splits(sizes, split_seed):
-    """{"train", "dev", "test": [Example, ..]}. All lean (0.8). Train and dev have half of the sentiment words; test has all
-    adjectives, and the verbs that training never shows. sizes: {split: n}, None is the toy's own."""
-    rng = random.Random(f"toy {split_seed + 2}")
-    labelled, unseen = dict(words=2, verbs=slice(0, 1)), dict(verbs=slice(1, 2))
-    own = {"train": (64, labelled), "dev": (40, labelled), "test": (200, unseen)}
-    return {split: [Example(from_text(toy_review(rng, i % 2, (3, 4), lean=0.8, **words)), i % 2)
-                    for i in range(sizes[split] or n)] for split, (n, words) in own.items()}
+    """{"train", "dev", "test": [Example, ..]}. Train and dev lean (0.8), test leans a little less (0.75) and has all
+    sentiment words. sizes: {split: n}, None is the toy's own."""
+    rng = random.Random(f"toy {split_seed + 1}")
+    own = {"train": (64, 0.8), "dev": (80, 0.8), "test": (200, 0.75)}
+    return {split: [Example(from_text(toy_review(rng, i % 2, lean, labelled=split != "test")), i % 2)
+                    for i in range(sizes[split] or n)] for split, (n, lean) in own.items()}

@@ -49,7 +49,7 @@ PAPER = {
                  lr=2e-5, beta=5.0, alpha=0.7, adv_steps=10, schedule=[0.1, 0.55, 1.0]),
 }
 TOY = dict(PAPER["imdb"], method=["standard", "adv", "rift"], model="toy", pooling="mean", max_len=64, batch_size=16,
-           epochs=20, lr=2e-3, beta=5.0, alpha=0.2)
+           epochs=20, lr=2e-3, beta=5.0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ def pretrain_toy(folder, steps=1000, batch_size=32, lr=3e-3, masked=0.4):
 def toy_encoder():
     """The folder of the toy task's pre-trained encoder, made when it is not in the cache; InputError if that can't be
     written."""
-    folder = data.cache_dir() / "toy-encoder-3"
+    folder = data.cache_dir() / "toy-encoder-1"
     if not (folder / "config.json").exists():
         with data.replacing(folder) as new:
             pretrain_toy(new)

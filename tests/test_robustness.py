@@ -722,7 +722,7 @@ def pretrains(cache, meeting):
 def test_processes_that_pretrain_at_once_all_succeed(tmp_path):
     meeting = SPAWN.Barrier(2)
     assert children(pretrains, *[(tmp_path / "cache", meeting)] * 2) == [0, 0]
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["toy-encoder-3"]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["toy-encoder-1"]
 
 
 def test_a_folder_that_another_process_was_quicker_to_make_stays(tmp_path):
