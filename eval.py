@@ -845,7 +845,8 @@ def plot(folders, path, attack=None, split="test"):
         draw(ax)
         ax.grid(alpha=0.3)
         ax.legend()
-    figure.suptitle(f"{runs[0]['task']}; bars: the range over runs, of a single one its 95% interval over texts", size=9)
+    figure.suptitle(f"{runs[0]['task']}, {split} texts. Bars: the range over runs,\nof a single run's accuracy its 95% interval",
+                    size=9)
     image = io.BytesIO()
     try:
         figure.savefig(image, format=path.suffix[1:].lower() or "png", dpi=150)
