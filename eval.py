@@ -827,7 +827,10 @@ def plot(folders, path, attack=None, split="test"):
             _, y, y_error = means(of(runs, method), "beta", "clean")
             curve(ax, method, method, x, y, y_error, x_error)
             for beta, *at in zip(betas, x, y):
-                ax.annotate(f"beta {beta:g}", at, textcoords="offset points", xytext=(5, 5), fontsize=7)
+                below = method == "adv"                                          # the two curves lie close together
+                ax.annotate(f"beta {beta:g}", at, textcoords="offset points", xytext=(3, -3 if below else 3), fontsize=7,
+                            color=STYLES[method][0], rotation=-50 if below else 50, va="top" if below else "bottom")
+        ax.margins(y=0.15)
         ax.set(xlabel=f"accuracy under {attack} (share of texts)", ylabel="clean accuracy (share of texts)")
 
     def forgetting(ax, name, label):

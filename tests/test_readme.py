@@ -44,7 +44,7 @@ def test_every_command_parses(command, tmp_path):
 def test_the_tables_are_those_of_results():
     """Every row of a table with intervals or spreads in the README stands in a file of results/, to the letter."""
     results = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "results").glob("*.txt"))
-    rows = [line.strip() for line in README.splitlines() if re.search(r"\d \(sd \d|\d \[0\.\d+, ", line)]
+    rows = [line.strip() for line in README.splitlines() if re.search(r"\d \(sd \d|\d \[[-+]?\d\.\d+, ", line)]
     assert len(rows) >= 7 and all(row in results for row in rows)
 
 
