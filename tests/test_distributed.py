@@ -1,10 +1,14 @@
 """Two processes are one (train.Processes): with dropout off and the adversary's start given, the losses and the
 gradients of two gloo processes that share a batch are the single process's, for two classes and for three, for texts
 of one class and for the marginal bound, with and without weights that no loss reaches. Two processes that share the
-examples of an evaluation end with the single process's table and files.
+examples of an evaluation end with the single process's table and files. A run under torchrun leaves one run's files; when
+one process dies all stop, and the run goes on from its checkpoint.
 """
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -122,3 +126,46 @@ def test_two_processes_attack_what_one_does(tmp_path, plain_words, capfd):
         assert json.loads((one / name).read_text()) == json.loads((two / name).read_text())
     lines = [sorted((folder / "attacks.jsonl").read_text().splitlines()) for folder in (one, two)]
     assert lines[0] == lines[1] and len(lines[0]) > 16
+
+
+# ------------------------------------------------------------------------------------------------ torchrun
+
+SCRIPT = """
+import os, sys
+import data, train
+data.prepare_nltk, data.words_of = (lambda *args, **kwargs: None), lambda text: text.lower().split()
+step, dies = train.train_step, sys.argv.pop(1)
+def train_step(training, *args):
+    if dies == os.environ["RANK"] and training.progress["epoch"] == 1:
+        os._exit(3)
+    return step(training, *args)
+train.train_step = train_step
+train.main(sys.argv[1:])
+"""
+
+
+def torchrun(folder, dies, *more):
+    """Two processes train in folder/run; the one of rank `dies` ends without a word in the second epoch."""
+    (folder / "script.py").write_text(SCRIPT)
+    argv = ["--task", folder / "task", "--model", folder / "bert", "--neighbors", folder / "task" / "neighbors.json",
+            "--method", "rift", "--out", folder / "run", "--epochs", "3", "--batch-size", "8", "--max-len", "16",
+            "--adv-steps", "2", "--device", "cpu", *more]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+               folder / "script.py", dies, *argv]
+    environment = os.environ | {"PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=240)
+
+
+def test_torchrun_leaves_one_run_and_stops_when_a_process_dies(tmp_path):
+    write_task(tmp_path / "task")
+    save_model(tmp_path / "bert", "bert")
+    run = tmp_path / "run" / "rift"
+    assert torchrun(tmp_path, "1").returncode != 0
+    assert not (run / "metrics.json").exists() and len((run / "log.jsonl").read_text().splitlines()) == 1
+    ended = torchrun(tmp_path, "none", "--resume")
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert ended.stdout.count("test clean") == 1                                # printed once
+    assert [json.loads(line)["epoch"] for line in (run / "log.jsonl").read_text().splitlines()] == [0, 1, 2]
+    assert json.loads((run / "metrics.json").read_text())["method"] == "rift"
+    assert not [path for path in run.rglob("*.tmp")]
+    eval.load_run(run, "cpu")
