@@ -150,10 +150,10 @@ def torchrun(folder, dies, *more):
     argv = ["--task", folder / "task", "--model", folder / "bert", "--neighbors", folder / "task" / "neighbors.json",
             "--method", "rift", "--out", folder / "run", "--epochs", "3", "--batch-size", "8", "--max-len", "16",
             "--adv-steps", "2", "--device", "cpu", *more]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                folder / "script.py", dies, *argv]
     environment = os.environ | {"PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=240)
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=120)
 
 
 def test_torchrun_leaves_one_run_and_stops_when_a_process_dies(tmp_path):
