@@ -778,6 +778,29 @@ def means(rows, by, name):
     return values, mean, np.maximum([mean - low, high - mean], 0)                # not -1e-17
 
 
+def plotted(folders, attack, split):
+    """What plot() draws: a row a run with its settings and its accuracies, a row an epoch with its settings and what the log
+    says of it, and the attack whose robust accuracy every run has. Raises InputError where one lacks it."""
+    found, runs, epochs = {}, [], []
+    for folder in folders:                  # accuracies of training first, then of eval.py: clean and robust of the same texts
+        s, log = settings_of(folder), read_lines(folder / "log.jsonl", LOGGED)
+        found[folder] = [read_json(folder / "metrics.json")]
+        if split == "dev" and log:
+            best = max(log, key=lambda line: line["dev_hull"])
+            found[folder] = [{"clean": best["dev_clean"], "hull": best["dev_hull"], "num_examples": s["dev_size"]}]
+        evaluated = folder / ("eval.json" if split == "test" else "eval-dev.json")
+        found[folder] += [read_json(evaluated)] if evaluated.exists() else []
+        epochs += [s | line | {"epoch": line["epoch"] + 1} for line in log]
+    attack = attack or next((a for a in ("genetic", *ATTACKS) if all(a in f[0] | f[-1] for f in found.values())), "hull")
+    for folder, scores in found.items():
+        scores = next((x for x in reversed(scores) if {"clean", attack} <= x.keys()), None)
+        if scores is None:
+            raise InputError(f"--plot: {folder} has not been attacked: run eval.py {folder} --attacks {attack} first")
+        s = settings_of(folder)
+        runs.append(s | scores | {"alpha": s["alpha"] if s["method"] == "rift" else 0.0, "task": Path(s["task"]).name})
+    return runs, epochs, attack
+
+
 def plot(folders, path, attack=None, split="test"):
     """Draws what the runs vary: accuracy over alpha (adv: 0), clean against robust accuracy over beta, or else
     forgetting per epoch. attack: whose robust accuracy (None: the first of genetic, pwws, .. that every run has);
@@ -789,23 +812,7 @@ def plot(folders, path, attack=None, split="test"):
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("--plot needs matplotlib: pip install matplotlib") from None
-    found, runs, epochs = {}, [], []
-    for folder in folders:                  # accuracies after training, then those of eval.py: clean and robust of the same texts
-        settings, log = settings_of(folder), read_lines(folder / "log.jsonl", LOGGED)
-        found[folder] = [read_json(folder / "metrics.json")]
-        if split == "dev" and log:
-            best = max(log, key=lambda line: line["dev_hull"])
-            found[folder] = [{"clean": best["dev_clean"], "hull": best["dev_hull"], "num_examples": settings["dev_size"]}]
-        evaluated = folder / ("eval.json" if split == "test" else "eval-dev.json")
-        found[folder] += [read_json(evaluated)] if evaluated.exists() else []
-        epochs += [settings | line | {"epoch": line["epoch"] + 1} for line in log]
-    attack = attack or next((a for a in ("genetic", *ATTACKS) if all(a in f[0] | f[-1] for f in found.values())), "hull")
-    for folder, scores in found.items():
-        scores = next((x for x in reversed(scores) if {"clean", attack} <= x.keys()), None)
-        if scores is None:
-            raise InputError(f"--plot: {folder} has not been attacked: run eval.py {folder} --attacks {attack} first")
-        s = settings_of(folder)
-        runs.append(s | scores | {"alpha": s["alpha"] if s["method"] == "rift" else 0.0, "task": Path(s["task"]).name})
+    runs, epochs, attack = plotted(folders, attack, split)
     if len({run["task"] for run in runs}) > 1 or not epochs:
         raise InputError("--plot: the runs are of several tasks, or their log.jsonl are empty")
 
