@@ -756,10 +756,9 @@ def report(groups, args):
                                     initial_indent="  ", subsequent_indent="  "))
 
 
-LOGGED = ("epoch", "params_l2", "cka", "dev_clean", "dev_hull")                # of a line of log.jsonl, what is drawn
-
 # ---- Figures (section 6). Colours of Okabe and Ito, and a marker each: they differ in print and to every eye. ----
 
+LOGGED = ("epoch", "params_l2", "cka", "dev_clean", "dev_hull")                # of a line of log.jsonl, what is drawn
 STYLES = {"clean": ("black", "o"), "robust": ("#D55E00", "s"), "standard": ("black", "o"), "adv": ("#0072B2", "s"),
           "adv-ptwd": ("#009E73", "D"), "adv-mixout": ("#CC79A7", "P"), "rift-marginal": ("#E69F00", "v"),
           "rift": ("#D55E00", "^")}

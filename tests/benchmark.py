@@ -15,13 +15,13 @@ ours has that too, but in bf16 on CPUs (eval.attention_for). What the baseline d
 - `plain_attack`: one query at a time, padded likewise, nothing remembered: PWWS scores the original again for each
   candidate, genetic its base member for each perturbation. The attacks themselves are this project's generators.
 
-"agrees" means, in fp32, with dropout off, on the very batches that are timed: from one start v, the first gradient of
-the search to 1e-3; with one mixture w, every loss term to 1e-4 and every parameter's gradient to 1e-3, relative, in norm
-(floor: 1e-6 of the whole gradient's norm, because some are true zeros, such as a key's bias, that rounding fills);
-probabilities to 1e-4; the same adversarial texts. In bf16, against the same fp32 results: the loss to 2%, verdicts on 90%
-of the examples. "search" says of a training step whether that also holds when each goes its own way from v to the losses.
-It can be a NO where everything agrees: Adam's steps in the search are of size lr however small the gradient, so that
-rounding can send a search elsewhere, the baseline's own too when v moves by 1e-7.
+"agrees" means, in fp32, with dropout off and one start v on the very batches that are timed: every loss term to 1e-4
+and every parameter's gradient to 1e-3, relative, in norm (floor: 1e-6 of the whole gradient's norm, because some are
+true zeros, such as a key's bias, that rounding fills); probabilities to 1e-4; the same adversarial texts. In bf16,
+against the same fp32 results: the loss to 2%, verdicts on 90% of the examples. "at w" is the same check of a training
+step with the baseline's mixture w given in place of ours, and of the search's first gradient from v to 1e-3: Adam's
+steps in the search are of size lr however small the gradient, so that rounding can send a search elsewhere, the
+baseline's own too. A NO that is a yes at w is the search's.
 
 Without --data-dir the texts are random words, without --model the encoder is small and random: the command runs
 anywhere, but its ratios are then of a toy size.
@@ -390,7 +390,7 @@ def training(bench, name):
                 tqdm.write(f"train/{name}/{p}, {given} given, up to {max(lengths[i] for i in rows)} words: {terms}, "
                            f"baseline {expected}; worst share of the tolerance {share}", sys.stderr)
     model.zero_grad()
-    return {f"train/{name}/{p}": row(spent["plain"], spent[p], agrees[p, "w"], search_agrees=agrees[p, "v"])
+    return {f"train/{name}/{p}": row(spent["plain"], spent[p], agrees[p, "v"], agrees_at_w=agrees[p, "w"])
             for p in trainings}
 
 
@@ -619,12 +619,12 @@ def main(argv):
     if "attacks" in args.parts:
         rows |= attacked(bench)
     shown = {True: "yes", False: "NO", None: ""}
-    print(f"\n{'':20}{'ratio':>8}{'baseline':>12}{'ours':>12}   agrees  search")
+    print(f"\n{'':20}{'ratio':>8}{'baseline':>12}{'ours':>12}   agrees  at w")
     for name, r in rows.items():
         before, after = (f"{r[key + '_s']:.2f} s" if key + "_s" in r else f"{r[key + '_mib']:.0f} MiB"
                          for key in ("baseline", "ours"))
         print(f"{name:20}{r['ratio']:7.2f}x{before:>12}{after:>12}   {shown[r['agrees']]:8}"
-              f"{shown[r.get('search_agrees')]}".rstrip())
+              f"{shown[r.get('agrees_at_w')]}".rstrip())
     if args.scaling:
         grown = scaling(bench)
         print(f"\nseconds a step, at {', '.join(f'{what} {value}' for what, value in BASE.items())} but for:\n"
