@@ -17,6 +17,7 @@ import zipfile
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -327,24 +328,24 @@ class CausalLM:
         return log_p
 
 
-def read_lm_scores(path, sentences=None):
-    """The published score file (.txt, or a .zip that holds one) -> {lower-cased sentence: {position:
-    {lower-cased word: log p}}}, for `scores_constraint`.
+def read_lm_scores(path, sentences=None, task=""):
+    """The published score file -> {lower-cased sentence: {position: {lower-cased word: log p}}}, for
+    `scores_constraint`.   path: a .txt, or a .zip or folder that holds one; of several, the one named after `task`.
 
     A line `index TAB sentence` opens a sentence; lines `index TAB position TAB word TAB score` follow, for the
     original word and its candidates. `sentences` (lower-cased), if given, are the only ones kept: the whole file
     of IMDB takes gigabytes. Raises ValueError with file, line, value and what would be right.
     """
-    if zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        members = [member for member in archive.namelist() if member.endswith(".txt")]
-        if len(members) != 1:
-            raise ValueError(f"{path}: holds {len(members)} .txt files where one is right; unpack the one to use")
-        file = archive.open(members[0])
-    else:
-        file = open(path, "rb")
+    path, archive = Path(path), zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
+    files = archive.namelist() if archive else map(str, path.rglob("*") if path.is_dir() else [path])
+    files = [file for file in files if file.endswith(".txt") and not Path(file).name.startswith(".")]
+    if len(files) > 1:
+        files = [file for file in files if task in Path(file).name]
+    if len(files) != 1:
+        raise ValueError(f"{path}: holds {len(files)} .txt files {task and f'of {task} '}where one is right")
+    where = f"{path}: {files[0]}" if archive else files[0]
     scores, index, at, n = {}, None, None, 0  # of the last sentence: index, its scores, number of words
-    with file:
+    with archive.open(files[0]) if archive else open(files[0], "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 fields = line.decode("utf-8").lower().rstrip("\r\n").split("\t")
@@ -359,6 +360,6 @@ def read_lm_scores(path, sentences=None):
                     raise ValueError
                 at.setdefault(int(position), {})[word] = float(score)
             except ValueError:  # also wrong utf-8, a wrong number of fields, no number
-                raise ValueError(f"{path}, line {number}: {line[:80]!r} should be 'index TAB sentence', or 'index "
+                raise ValueError(f"{where}, line {number}: {line[:80]!r} should be 'index TAB sentence', or 'index "
                                  "TAB position TAB word TAB score' for a word of the sentence above it") from None
     return scores

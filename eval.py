@@ -20,7 +20,6 @@ import math
 import os
 import shlex
 import sys
-import tempfile
 import textwrap
 import zipfile
 import zlib
@@ -509,7 +508,10 @@ def make_plan(s, args):
     known, drawn_from, allowed = set(range(len(examples))), "all texts", lambda index, words, synonyms: synonyms
     if source == "scores":
         sentences = [" ".join(x.words[-1]) for x in examples]
-        scores = read_scores(task.name, data_dir, set(sentences))
+        try:
+            scores = attacks.read_lm_scores(data.locate("scores", data_dir), set(sentences), task.name)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise InputError(f"language-model scores: {first_line(error)}; --lm-constraint none attacks without them") from None
         known = {i for i, sentence in enumerate(sentences) if sentence in scores}
         content = json.dumps([scores.get(sentence) for sentence in sentences])
         drawn_from = f"score file {hashlib.sha256(content.encode()).hexdigest()}"
@@ -531,25 +533,6 @@ def make_plan(s, args):
     settings = {"split": args.split, "num_examples": len(chosen), "seed": args.seed, "data": task.fingerprint,
                 "drawn_from": drawn_from}
     return Plan(task, examples, chosen, settings, wordnet, source, allowed)
-
-
-def read_scores(task_name, data_dir, sentences):
-    """The published language-model scores of a task's sentences, as attacks.read_lm_scores returns them; InputError."""
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = data.locate("scores", data_dir)
-            if path.suffix == ".zip":
-                with zipfile.ZipFile(path) as archive:
-                    archive.extractall(folder)                                   # never outside of it
-                path = Path(folder)
-            files = [path] if path.is_file() else sorted(path.rglob("[!.]*.txt"))
-            if len(files) > 1:                                                   # the archive has a file a task
-                files = [file for file in files if task_name in file.name]
-            if len(files) != 1:
-                raise InputError(f"{path}: holds {len(files)} .txt files of {task_name}'s scores, wanted one")
-            return attacks.read_lm_scores(files[0], sentences)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"language-model scores: {first_line(error)}; --lm-constraint none attacks without them") from None
 
 
 def run_attack(name, method, table, victim, plan, texts, pending, args, progress):
@@ -695,12 +678,13 @@ def scores(runs, name):
 
 
 def seeds_table(found, names):
-    """The same over seeds: a row a method, mean and standard deviation over its runs. Returns lines of text, [] where
-    no method has several runs."""
+    """The same over seeds: a row a method, mean and standard deviation over its runs (of a single one its figure).
+    Returns lines of text, [] where no method has several runs."""
     rows = [["method", "runs", "clean", *names]]
     for method, runs in by_method(found).items():
         means = [scores(runs, name).mean(1) for name in ("clean", *names)]
-        rows.append([method, str(len(runs)), *(f"{x.mean():.3f} (sd {x.std(ddof=len(x) > 1):.3f})" for x in means)])
+        rows.append([method, str(len(runs)), *(f"{x.mean():.3f}" + (f" (sd {x.std(ddof=1):.3f})" if len(x) > 1 else "")
+                                               for x in means)])
     return aligned(rows) if len(rows) <= len(found) else []
 
 

@@ -15,13 +15,14 @@ ours has that too, but in bf16 on CPUs (eval.attention_for). What the baseline d
 - `plain_attack`: one query at a time, padded likewise, nothing remembered: PWWS scores the original again for each
   candidate, genetic its base member for each perturbation. The attacks themselves are this project's generators.
 
-"agrees" means, in fp32, with dropout off and one start v on the very batches that are timed: every loss term to 1e-4
-and every parameter's gradient to 1e-3, relative, in norm (floor: 1e-6 of the whole gradient's norm, because some are
-true zeros, such as a key's bias, that rounding fills); probabilities to 1e-4; the same adversarial texts. In bf16,
-against the same fp32 results: the loss to 2%, verdicts on 90% of the examples. "at w" is the same check of a training
-step with the baseline's mixture w given in place of ours, and of the search's first gradient from v to 1e-3: Adam's
-steps in the search are of size lr however small the gradient, so that rounding can send a search elsewhere, the
-baseline's own too. A NO that is a yes at w is the search's.
+"agrees" means, in fp32, with dropout off on the very batches that are timed: at every step of the adversary's search,
+from the v where the baseline's stands, the same gradient to 1e-3, and at its end every loss term to 1e-4 and every
+parameter's gradient to 1e-3, relative, in norm (floor: 1e-6 of the whole gradient's norm, because some are true zeros,
+such as a key's bias, that rounding fills); probabilities to 1e-4; the same adversarial texts. In bf16, against the same
+fp32 results: the loss to 2%, verdicts on 90% of the examples. "alone" is the same check where only the start v is
+given and each searches by itself. Adam's steps there are of size lr however small the gradient, so that rounding can
+send a search elsewhere: "baseline alone" says whether the baseline even agrees with itself, fused attention with plain,
+which differ in nothing but the order in which floats are added.
 
 Without --data-dir the texts are random words, without --model the encoder is small and random: the command runs
 anywhere, but its ratios are then of a toy size.
@@ -89,8 +90,7 @@ def plain_features(encoder, input_ids, attention_mask, e=None):
 def plain_step(model, adamw, input_ids, attention_mask, subs, subs_mask, y, v, s):
     """A training step of RIFT, line by line as the paper has it (method sections 1 and 2).
 
-    input_ids, attention_mask: (B, L); subs, subs_mask, v: (B, L, K); y: (B,). Returns the loss terms as floats, and w
-    (B, L, K).
+    input_ids, attention_mask: (B, L); subs, subs_mask, v: (B, L, K); y: (B,). Returns the loss terms as floats.
     """
     encoder, head, (B, L, K) = model.encoder, model.head, subs.shape
     position_ids = rift.positions_of(encoder, L)                                             # (1, L)
@@ -133,7 +133,7 @@ def plain_step(model, adamw, input_ids, attention_mask, subs, subs_mask, y, v, s
     loss = ce + s["beta"] * kl + s["alpha"] * info
     loss.backward()
     adamw.step()
-    return {"ce": ce.item(), "kl": kl.item(), "info": info.item(), "loss": loss.item()}, w
+    return {"ce": ce.item(), "kl": kl.item(), "info": info.item(), "loss": loss.item()}
 
 
 @torch.no_grad()
@@ -172,10 +172,10 @@ def plain_attack(model, vocabulary, example, method, name, rescored):
 # Texts and models
 
 
-def attend(model, precision):
-    """Gives both encoders the attention that ours uses in this precision; the baseline has that of fp32."""
+def attend(model, attention):
+    """Gives both encoders this attention of transformers, "sdpa" (fused, the baseline's) or "eager"."""
     for encoder in (model.encoder, model.teacher):
-        encoder.set_attn_implementation(eval.attention_for(encoder.device, precision))
+        encoder.set_attn_implementation(attention)
 
 
 def random_encoder():
@@ -299,17 +299,26 @@ def worst(found, expected, relative, floor):
     if found.keys() != expected.keys():
         return float("inf"), str(sorted(found.keys() ^ expected.keys()))
     pairs = {k: [torch.as_tensor(x[k]).double() for x in (found, expected)] for k in expected}
-    return max((((a - b).norm() / max(relative * b.norm(), floor)).item(), k) for k, (a, b) in pairs.items())
+    return max(((((a - b).norm() / max(relative * b.norm(), floor)).item(), k) for k, (a, b) in pairs.items()), default=(0.0, ""))
 
 
 @contextmanager
-def first_gradient():
-    """Inside, the gradients of every optimizer step are kept: yields a list, the first is that of v in the search."""
+def search_steps(follow=()):
+    """Inside, the steps of the adversary's search are kept: yields a list of (gradient of v, v after the step).
+
+    follow: such a list; its v are then taken in place of Adam's, so that every step starts where that search stood.
+    """
     kept, step = [], torch.optim.Adam.step
 
-    def keep(self):
-        kept.append(self.param_groups[0]["params"][0].grad.clone())
-        return step(self)
+    def keep(adam):
+        if type(adam) is not torch.optim.Adam:                                               # the weights' AdamW
+            return step(adam)
+        v, = adam.param_groups[0]["params"]
+        gradient = v.grad.clone()
+        step(adam)
+        if follow:
+            v.data.copy_(follow[len(kept)][1])
+        kept.append((gradient, v.detach().clone()))
 
     with mock.patch.object(torch.optim.Adam, "step", keep):
         yield kept
@@ -330,30 +339,28 @@ def training(bench, name):
     trainings = {p: (train.Training(model, s, train.Processes()), s | {"precision": p}) for p in ("fp32", "bf16")}
     adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, eps=s["adam_eps"])
     spent, teacher = dict.fromkeys(("plain", "fp32", "bf16"), 0.0), {}
-    agrees = {(p, given): True for p in trainings for given in ("v", "w")}                   # from v on; at one w
+    # step by step in the baseline's search; each in its own; the baseline in its own, with plain attention
+    agrees = dict.fromkeys([(p, how) for p in trainings for how in ("guided", "alone")] + [("plain", "alone")], True)
     used = [i for rows in chosen for i in rows]
     for p in trainings:
         victim = eval.Victim(model, vocabulary, precision=p)
-        attend(model, p)
+        attend(model, eval.attention_for(bench.device, p))
         victim.features([texts[i] for i in chosen[0]], model.teacher)                        # warm-up
         t, T = bench.seconds(victim.features, [texts[i] for i in used], model.teacher)
         spent[p] += t / EPOCHS
         teacher[p] = dict(zip(used, T))
 
-    def plain(rows, v):
-        attend(model, "fp32")
+    def plain(rows, v, attention="sdpa"):
+        attend(model, attention)
         batch = {k: tensor.to(bench.device) for k, tensor in plain_batch(vocabulary, [texts[i] for i in rows]).items()}
         return plain_step(model, adamw, **batch, y=torch.tensor(y[rows], device=bench.device), v=v, s=s)
 
-    def ours(rows, v, precision, w=None):
+    def ours(rows, v, precision):
         batch = vocabulary.encode([texts[i] for i in rows], hull=True)
         batch = {k: tensor.to(bench.device) for k, tensor in batch.items()}
         state, settings = trainings[precision]
-        attend(model, precision)
-        given = mock.patch.object(rift, "noise", lambda subs, max_len: padded(v, subs.shape))
-        if w is not None:
-            given = mock.patch.object(rift, "adversary", lambda *_, **__: padded(w, batch["subs"].shape))
-        with given:
+        attend(model, eval.attention_for(bench.device, precision))
+        with mock.patch.object(rift, "noise", lambda subs, max_len: padded(v, subs.shape)):
             return train.train_step(state, batch, torch.tensor(y[rows], device=bench.device),
                                     torch.stack([teacher[precision][i] for i in rows]), settings)
 
@@ -371,27 +378,31 @@ def training(bench, name):
             spent[p] += t if k else 0.0                                                      # the first is the warm-up
     model.eval()
     for rows in tqdm(chosen, f"train/{name}: compared", leave=False):
-        with first_gradient() as dv_expected:
-            (expected, w), g_expected = plain(rows, start(rows)), gradients()
+        with search_steps() as expected_steps:
+            expected, g_expected = plain(rows, start(rows)), gradients()
         whole = torch.stack([tensor.norm() for tensor in g_expected.values()]).norm().item()
-        for p, given in agrees:
-            with first_gradient() as dv:
-                terms, g = ours(rows, start(rows), p, w if given == "w" else None), gradients()
-            if (p, given) == ("fp32", "v"):
-                free = vocabulary.encode([texts[i] for i in rows], hull=True)["subs_mask"].to(bench.device)  # (B, L, K)
-                there = dv_expected[0][:, :free.shape[1], :free.shape[2]][free.sum(-1) > 1]                  # (P, K)
-                agrees["fp32", "w"] &= worst({"dv": dv[0]}, {"dv": there}, 1e-3, 0.0)[0] <= 1
-            if p == "fp32":
-                share = max(worst(terms, expected, 1e-4, 1e-6), worst(g, g_expected, 1e-3, 1e-6 * whole))
-            else:
+        free = vocabulary.encode([texts[i] for i in rows], hull=True)["subs_mask"].to(bench.device)      # (B, L, K)
+        _, L, K = free.shape
+        free = free.sum(-1) > 1                                                              # (B, L)
+        guide = [(dv[:, :L, :K][free], v[:, :L, :K][free]) for dv, v in expected_steps]      # (P, K) each
+        for p, how in agrees:
+            with search_steps(guide if how == "guided" else ()) as steps:
+                terms = plain(rows, start(rows), "eager") if p == "plain" else ours(rows, start(rows), p)
+            g = gradients()
+            if p == "bf16":
                 share = worst({"loss": terms["loss"]}, {"loss": expected["loss"]}, 0.02, 0.0)
-            agrees[p, given] &= share[0] <= 1
+            else:
+                share = max(worst(terms, expected, 1e-4, 1e-6), worst(g, g_expected, 1e-3, 1e-6 * whole))
+            if (p, how) == ("fp32", "guided"):
+                dv, dv_expected = ({str(i): dv for i, (dv, _) in enumerate(x)} for x in (steps, guide))
+                share = max(share, worst(dv, dv_expected, 1e-3, 0.0))
+            agrees[p, how] &= share[0] <= 1
             if bench.args.verbose:
-                tqdm.write(f"train/{name}/{p}, {given} given, up to {max(lengths[i] for i in rows)} words: {terms}, "
+                tqdm.write(f"train/{name}/{p}, {how}, up to {max(lengths[i] for i in rows)} words: {terms}, "
                            f"baseline {expected}; worst share of the tolerance {share}", sys.stderr)
     model.zero_grad()
-    return {f"train/{name}/{p}": row(spent["plain"], spent[p], agrees[p, "v"], agrees_at_w=agrees[p, "w"])
-            for p in trainings}
+    return {f"train/{name}/{p}": row(spent["plain"], spent[p], agrees[p, "guided"], alone=agrees[p, "alone"],
+                                     baseline_alone=agrees["plain", "alone"]) for p in trainings}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -449,7 +460,7 @@ def step_memory(bench, which, batch_size):
     else:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) / 1024
-    while batch_size > 4 and four / 4 * batch_size > 0.7 * free:             # the rest is for others on the machine
+    while batch_size > 4 and four / 4 * batch_size > 0.8 * free:             # the rest is for others on the machine
         batch_size //= 2
     return batch_size, peak_memory(bench, step, batch_size)
 
@@ -480,7 +491,7 @@ def clean(bench):
     """Class probabilities of real reviews -> {name: row}."""
     model, vocabulary = bench.model("imdb")
     texts = [vocabulary.visible(x.words) for x in bench.task("imdb").test[:bench.args.num_clean]]
-    attend(model, "fp32")
+    attend(model, "sdpa")
     victim = eval.Victim(model, vocabulary)
     spent, found = {}, {}
     for name, function in (("plain", functools.partial(plain_probabilities, model, vocabulary)),
@@ -494,7 +505,7 @@ def attacked(bench):
     """PWWS and genetic on real reviews of up to 100 words that the victim gets right -> {name: row}."""
     model, vocabulary = bench.model("imdb")
     short = [(i, data.to_text(x.words), x.y) for i, x in enumerate(bench.task("imdb").test) if len(x.words[0]) <= 100]
-    attend(model, "fp32")
+    attend(model, "sdpa")
     P = eval.Victim(model, vocabulary)([text for _, text, _ in short])
     right = [example for example, p in zip(short, P) if p.argmax() == example[2]]
     print(f"victim of the attacks: right on {len(right) / len(short):.0%} of {len(short)} reviews", file=sys.stderr)
@@ -506,13 +517,13 @@ def attacked(bench):
             ("genetic", genetic, ("fp32",), max(bench.args.attack_examples // 3, 1),
              lambda queries, words: POPULATION)):                                           # once for each perturbation
         examples, spent, found = right[:n], 0.0, []
-        attend(model, "fp32")
+        attend(model, "sdpa")
         for example in tqdm(examples, f"attacks/{name}: baseline", leave=False):
             t, result = bench.seconds(plain_attack, model, vocabulary, example, method, name, rescored)
             spent, found = spent + t, found + [result]
         for p in precisions:
             victim = eval.Victim(model, vocabulary, precision=p)
-            attend(model, p)
+            attend(model, eval.attention_for(bench.device, p))
             victim([text for _, text, _ in examples])                                        # warm-up
             run = attacks.attack(victim, examples, method, vocabulary.neighbors, name=name)
             t, ours = bench.seconds(list, run)
@@ -553,7 +564,7 @@ def scaling(bench):
 
         out[f"scaling/{what}/{value}"] = {}
         for precision in ("fp32", "bf16"):
-            attend(model, precision)
+            attend(model, eval.attention_for(bench.device, precision))
             step(4, precision)                                                               # warm-up
             out[f"scaling/{what}/{value}"][precision + "_s"] = bench.seconds(step, p["batch"], precision)[0]
     return out
@@ -619,12 +630,12 @@ def main(argv):
     if "attacks" in args.parts:
         rows |= attacked(bench)
     shown = {True: "yes", False: "NO", None: ""}
-    print(f"\n{'':20}{'ratio':>8}{'baseline':>12}{'ours':>12}   agrees  at w")
+    print(f"\n{'':20}{'ratio':>8}{'baseline':>12}{'ours':>12}   agrees  alone  baseline alone")
     for name, r in rows.items():
         before, after = (f"{r[key + '_s']:.2f} s" if key + "_s" in r else f"{r[key + '_mib']:.0f} MiB"
                          for key in ("baseline", "ours"))
         print(f"{name:20}{r['ratio']:7.2f}x{before:>12}{after:>12}   {shown[r['agrees']]:8}"
-              f"{shown[r.get('agrees_at_w')]}".rstrip())
+              f"{shown[r.get('alone')]:7}{shown[r.get('baseline_alone')]}".rstrip())
     if args.scaling:
         grown = scaling(bench)
         print(f"\nseconds a step, at {', '.join(f'{what} {value}' for what, value in BASE.items())} but for:\n"
