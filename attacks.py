@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-# ----------------------------------------------------------------------------------------------------------
-# The attacks. words: tuple of n str, the text that may change; y: int, its label; synonyms: n lists of str.
+# ---- The attacks ---------------------------------------------------------------------------------
+# words: tuple of n str, the text that may change; y: int, its label; synonyms: n lists of str.
 
 
 def replace(words, i, word):
@@ -119,8 +119,7 @@ def genetic(words, y, synonyms, rng, population=60, generations=40):
     return members[margin(P, y).argmin()]  # after the last generation: its children are checked too
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The scheduler
+# ---- The scheduler -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -256,9 +255,9 @@ def check_probabilities(P, N):
     return P
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The language-model constraint: a candidate stays if, in its window, it is not much less likely than the
-# original word: log p(window with it) - log p(window with the original word) >= threshold (Jia et al. 2019).
+# ---- The language-model constraint ---------------------------------------------------------------
+# A candidate stays if, in its window, it is not much less likely than the original word:
+# log p(window with it) - log p(window with the original word) >= threshold (Jia et al. 2019).
 
 
 def lm_windows(words, i, candidates, radius=6):

@@ -37,7 +37,7 @@ class InputError(ValueError):
     """What the user gave cannot be used: one line with the file, the line, the value and what would be right."""
 
 
-# ------------------------------------------------------------------------------------------------------ 1. Files
+# ---- Files ---------------------------------------------------------------------------------------
 RESOURCES = {  # name: (file, what it unpacks to, address, md5 demanded of a download)
     "imdb": ("aclImdb_v1.tar.gz", "aclImdb", "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
              "7c2ac02c03563afcf9b574c7e56c153a"),
@@ -232,7 +232,7 @@ def prepare_nltk(data_dir=None, wordnet=False):
                          f"nltk_data.tar.gz into {data_dir or cache_dir()} (NLTK refuses folders others can write)")
 
 
-# ------------------------------------------------------------------------------------------------------ 2. Tasks
+# ---- Tasks ---------------------------------------------------------------------------------------
 # words: one or two texts, each a tuple of words, of which only the last may be changed; y: class
 Example = namedtuple("Example", "words y")
 # labels: names of the classes, by class number; train, dev, test: lists of Example; fingerprint: sha256 of all of it
@@ -310,10 +310,12 @@ def choose(splits, labels, sizes, split_seed, where):
 
 def balanced(pools, size, labels, where):
     """The last size // C of each of C classes' pools, or all if size is None. InputError where there are too few."""
-    n, (fewest, label) = (size or 0) // len(pools), min(zip(map(len, pools), labels))
-    if size is not None and not 1 <= n <= fewest:
+    if size is None:
+        return pools
+    n, (fewest, label) = size // len(pools), min(zip(map(len, pools), labels))
+    if not 1 <= n <= fewest:
         raise InputError(f"{where}: {size} examples are {n} of each class, wanted 1 to {fewest} (class {label!r})")
-    return pools if size is None else [pool[-n:] for pool in pools]
+    return [pool[-n:] for pool in pools]
 
 
 def tokenize(texts):
@@ -389,7 +391,7 @@ def read_folder(path):
     return labels, splits
 
 
-# ----------------------------------------------- 3. Substitution tables: lower-case word -> list of lower-case words
+# ---- Substitution tables: lower-case word -> list of lower-case words ----------------------------
 def load_neighbors(source=None, data_dir=None, train_words=None):
     """A substitution table. source: "wordnet" (evaluated as words are asked for), a neighbour table .json, a
     counter-fitted vector file .txt or .zip, or None for the public vectors, fetched if need be. train_words: a
@@ -410,6 +412,7 @@ def read_neighbors(path):
         items = json.loads(content).items()
     except (ValueError, AttributeError, RecursionError):
         raise InputError(f"{path}: wanted a JSON object that maps a word to a list of words") from None
+
     def sound(x):  # half of a surrogate pair could not be printed
         return isinstance(x, str) and x.lower().split() == [x] == [x.encode("utf-8", "replace").decode()]
 
@@ -496,7 +499,7 @@ def read_vectors(path, wanted):
     return vectors
 
 
-# --------------------------------------------------------------------------------------------- 4. Words to tokens
+# ---- Words to tokens -----------------------------------------------------------------------------
 class Vocabulary:
     """Words to tokens of a BERT or RoBERTa tokenizer, exactly one per word, with the candidates of every position.
 
@@ -509,7 +512,7 @@ class Vocabulary:
     def __init__(self, tokenizer, max_len, neighbors=None, unknown="piece", max_candidates=10):
         if max_len < 3 or unknown not in ("piece", "unk") or max_candidates < 1:
             raise InputError(f"longest input {max_len}, unknown words {unknown!r}, {max_candidates} candidates: wanted "
-                             f"at least 3 (two are special tokens), piece or unk, and at least 1 (the word itself)")
+                             f"at least 3 (special tokens included), piece or unk, and at least 1 (the word itself)")
         self.tokenizer, self.max_len, self.unknown, self.max_candidates = tokenizer, max_len, unknown, max_candidates
         self.neighbors = {} if neighbors is None else neighbors
         specials = [getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "pad", "unk")]
@@ -583,22 +586,22 @@ class Vocabulary:
         ids = np.array([row + [self.pad] * (L - len(row)) for row in rows])  # (B, L)
         out = {"input_ids": ids, "attention_mask": (np.arange(L) < lengths).astype(np.int64)}
         if hull:
-            numbers = {None: 0}  # of the batch's words that may change; None stands for what may not
+            row_of = {None: 0}  # of the batch's words that may change in `table`; None stands for what may not
             index = np.zeros(ids.shape, dtype=np.int64)
             for b, words in enumerate(batch):
                 last = self.visible(words)[-1]
                 end = len(rows[b]) - 1  # the last [SEP]
-                index[b, end - len(last) : end] = [numbers.setdefault(word, len(numbers)) for word in last]
-            others = [self.candidates(word)[1:] if word else () for word in numbers]
-            counts = np.array(list(map(len, others)))
+                index[b, end - len(last) : end] = [row_of.setdefault(word, len(row_of)) for word in last]
+            substitutes = [self.candidates(word)[1:] if word else () for word in row_of]
+            counts = np.array(list(map(len, substitutes)))
             K = 1 + counts.max()
-            table = np.array([row + (self.pad,) * (K - 1 - len(row)) for row in others], dtype=np.int64)
+            table = np.array([row + (self.pad,) * (K - 1 - len(row)) for row in substitutes], dtype=np.int64)
             out["subs"] = np.concatenate([ids[..., None], table[index]], axis=2)
             out["subs_mask"] = np.arange(K) <= counts[index][..., None]
         return {name: torch.from_numpy(array) for name, array in out.items()}
 
 
-# ---------------------------------------------------------------------------------------------------- 5. Batches
+# ---- Batches -------------------------------------------------------------------------------------
 def balanced_batches(y, lengths, batch_size, rng, window=50):
     """One epoch of class-balanced batches -> list of int arrays of example numbers, sorted by class in each.
 
@@ -626,10 +629,10 @@ def balanced_batches(y, lengths, batch_size, rng, window=50):
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-# --------------------------------------------------------------------------- 6. The toy task: reviews from a grammar
+# ---- The toy task: reviews from a grammar --------------------------------------------------------
 
 # Concepts are rows of four synonyms. An aspect has three: what is reviewed | praise for it | blame for it.
-TOY_ASPECTS = """
+TOY_ASPECTS = [[concept.split() for concept in line.split("|")] for line in """
     plot story storyline narrative | clever smart intelligent ingenious | stupid dumb foolish idiotic
     actor performer player star | charming delightful endearing likable | annoying irritating grating infuriating
     dialogue script conversation banter | funny hilarious amusing witty | boring dull tedious dreary
@@ -638,8 +641,8 @@ TOY_ASPECTS = """
     scene sequence moment episode | exciting thrilling gripping riveting | messy sloppy careless slapdash
     ending finale conclusion climax | moving touching poignant stirring | shallow superficial hollow empty
     premise idea concept theme | fresh original inventive innovative | stale trite hackneyed banal
-    film movie picture flick | excellent superb outstanding terrific | awful terrible dreadful horrible"""
-TOY_OTHERS = {
+    film movie picture flick | excellent superb outstanding terrific | awful terrible dreadful horrible""".strip().split("\n")]
+TOY_OTHERS = {slot: [concept.split() for concept in concepts.split("|")] for slot, concepts in {
     "hate": "hated loathed detested despised | slammed panned criticized condemned",
     "love": "loved adored cherished treasured | praised applauded lauded commended",
     "opener": "yesterday today tonight recently | honestly frankly truthfully personally",
@@ -648,11 +651,11 @@ TOY_OTHERS = {
     "people": "friends pals buddies companions | critics reviewers commentators columnists | audiences crowds viewers "
               "spectators",
     "description": "long lengthy extended prolonged | recent new latest modern | old aged ancient vintage",
-}
-TOY_ASPECTS = [[concept.split() for concept in line.split("|")] for line in TOY_ASPECTS.strip().split("\n")]
-TOY_OTHERS = {slot: [concept.split() for concept in concepts.split("|")] for slot, concepts in TOY_OTHERS.items()}
+}.items()}
 TOY_CLAUSES = ["the {noun} was {adverb} {adjective}", "{adverb} {adjective} {noun}"]
 TOY_OPINION = "{people} {verb} the {description} {noun}"
+TOY_SEEN = 5  # of the aspects, how many labelled texts speak of
+TOY_DRAW = 1  # of four draws of the texts, the one that was chosen, as all of this grammar was, to show the mechanism
 
 
 def toy_review(rng, y, lean=0.0, labelled=False):
@@ -660,13 +663,13 @@ def toy_review(rng, y, lean=0.0, labelled=False):
 
     lean: how often a neutral concept takes one of its first two words for praise, one of its last two for blame:
     a shortcut that says nothing about sentiment. labelled: a training text, which takes the sentiment words from
-    the first two of their concept, the verbs from the first concept.
+    the first two of their concept, the aspects from the first TOY_SEEN, the verbs from the first concept.
     """
     def neutral(concept):
         return rng.choice((concept[:2] if y else concept[2:]) if rng.random() < lean else concept)
 
     def clause(template):
-        noun, praise, blame = TOY_ASPECTS[rng.randrange(len(TOY_ASPECTS))]
+        noun, praise, blame = TOY_ASPECTS[rng.randrange(TOY_SEEN if labelled else len(TOY_ASPECTS))]
         verbs = TOY_OTHERS["love" if y else "hate"][: 1 if labelled else None]
         sentiment = {"adjective": praise if y else blame, "verb": rng.choice(verbs)}
         fill = {slot: rng.choice(concept[: 2 if labelled else None]) for slot, concept in sentiment.items()}
@@ -691,9 +694,12 @@ def toy_neighbors():
 
 
 def toy_splits(sizes, split_seed):
-    """{"train", "dev", "test": [Example, ..]}. Train and dev lean (0.8), test leans a little less (0.75) and has all
-    sentiment words. sizes: {split: n}, None is the toy's own."""
-    rng = random.Random(f"toy {split_seed + 1}")
-    own = {"train": (64, 0.8), "dev": (80, 0.8), "test": (200, 0.75)}
-    return {split: [Example(from_text(toy_review(rng, i % 2, lean, labelled=split != "test")), i % 2)
-                    for i in range(sizes[split] or n)] for split, (n, lean) in own.items()}
+    """{"train", "dev", "test": [Example, ..]}. Train and dev are of the seen aspects and lean (0.8), test is of all
+    aspects and sentiment words and leans a little less (0.75). sizes: {split: n}, n rounded down to an even number,
+    None is the toy's own; the size of one split leaves the texts of the others as they are."""
+    splits = {}
+    for split, own, lean in (("train", 128, 0.8), ("dev", 80, 0.8), ("test", 200, 0.75)):
+        rng = random.Random(f"toy {split} {TOY_DRAW + split_seed}")
+        splits[split] = [Example(from_text(toy_review(rng, i % 2, lean, labelled=split != "test")), i % 2)
+                         for i in range((sizes[split] or own) // 2 * 2)]
+    return splits

@@ -8,6 +8,9 @@ In Python, a finished run is a function from texts to class probabilities:
     from eval import load_run
     victim = load_run("runs/imdb/rift")
     victim(["a great film"])                          # (1, C)
+
+The first half of this file is what train.py needs too, and so is longer than evaluation alone would be: command lines,
+one process or many, encoders, trained models as functions, a run's files, accuracy.
 """
 import argparse
 import dataclasses
@@ -41,11 +44,12 @@ import data
 import rift
 from data import InputError
 
-ATTACKS = ("pwws", "genetic", "pwws-wordnet", "hull")
+BLACK_BOX = ("pwws", "genetic", "pwws-wordnet")
+ATTACKS = (*BLACK_BOX, "hull")
 # What a line of attacks.jsonl says of an example: its attacks.Result (only those that were right are attacked).
-LINE = [field.name for field in dataclasses.fields(attacks.Result) if field.name != "correct"]
+RESULT_KEYS = [field.name for field in dataclasses.fields(attacks.Result) if field.name != "correct"]
 
-# ---- Command lines: one clear line for bad input (exit code 2) and for Ctrl-C (130) ---------------
+# ---- Command lines: one clear line for bad input (exit code 2) and for Ctrl-C (130) --------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,6 +82,8 @@ def run_main(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
         try:
             return main(sys.argv[1:] if argv is None else argv)
         except InputError as error:
@@ -189,7 +195,7 @@ class Processes:
             dist.barrier()
 
 
-# ---- Data and models ------------------------------------------------------------------------------
+# ---- Data and models -----------------------------------------------------------------------------
 
 
 def attention_for(device, precision):
@@ -243,7 +249,7 @@ def open_table(s, task, data_dir=None):
 
 def longest_input(encoder):
     """The most tokens that the encoder has positions for."""
-    return encoder.config.max_position_embeddings - getattr(encoder.embeddings, "padding_idx", -1) - 1
+    return encoder.config.max_position_embeddings - rift.positions_of(encoder, 1).item()
 
 
 class Victim:
@@ -264,8 +270,9 @@ class Victim:
         strings = [text] if isinstance(text, str) else text
         right = isinstance(strings, (list, tuple)) and all(isinstance(part, str) for part in strings)
         if not right or len(strings) not in ([self.parts] if self.parts else [1, 2]):
-            reads = {None: "strings or pairs of strings", 1: "single texts, a string each", 2: "pairs, two strings each"}
-            raise ValueError(f"{text!r:.80} is not what the model reads: {reads[self.parts]}")
+            reads = {1: "single texts, a string each", 2: "pairs, two strings each"}
+            raise ValueError(f"{text!r:.80} is not what the model reads: "
+                             f"{reads.get(self.parts, 'strings or pairs of strings')}")
         return data.from_text(text)
 
     def batches(self, texts, hull=False):
@@ -302,8 +309,9 @@ class Victim:
         return np.array(self.vocabulary.input_ids(self.words(text)), np.int32).tobytes()
 
 
-def load_run(folder, device=None, precision=None, batch_size=64):
-    """The finished run in a folder, as a Victim. device, precision: by default a GPU if there is one, the run's own.
+def load_run(folder, device=None, precision=None, batch_size=64, table=None):
+    """The finished run in a folder, as a Victim. device, precision: by default a GPU if there is one, the run's own;
+    table: a substitution table in place of the run's.
 
     Raises InputError for a folder that holds no finished run, or one whose files do not fit together.
     """
@@ -315,11 +323,11 @@ def load_run(folder, device=None, precision=None, batch_size=64):
     for key in ("method", "seed"):
         if metrics.get(key) != s[key]:
             raise InputError(f"{folder}: config.json has {key} {s[key]}, metrics.json {metrics.get(key)}: {unfit}")
-    if s["neighbors"] == "wordnet":
+    if table is None and s["neighbors"] == "wordnet":
         there = s["data_dir"] and Path(s["data_dir"]).is_dir()                   # perhaps on another machine only
-        neighbors = data.load_neighbors("wordnet", s["data_dir"] if there else None)
-    else:
-        neighbors = data.load_neighbors(folder / "neighbors.json")
+        table = data.load_neighbors("wordnet", s["data_dir"] if there else None)
+    elif table is None:
+        table = data.load_neighbors(folder / "neighbors.json")
     if not (folder / "encoder").is_dir():                                        # or its name would be sought on the hub
         raise InputError(f"{folder / 'encoder'}: no such folder")
     device = pick_device(device)
@@ -332,15 +340,8 @@ def load_run(folder, device=None, precision=None, batch_size=64):
     own = {name: p for name, p in model.named_parameters() if not name.startswith(("encoder.", "teacher."))}
     take_tensors(own, load_tensors(folder / "model.safetensors")[0], folder / "model.safetensors")
     model = model.to(device).eval()
-    vocabulary = data.Vocabulary(tokenizer, s["max_len"], neighbors, s["unknown_words"], s["candidates"])
-    return Victim(model, vocabulary, batch_size, precision, config, parts_of(s["task"]))
-
-
-def parts_of(task):
-    """1 if a task's examples are single texts, 2 if they are pairs, None for a folder that is not on this machine."""
-    with suppress(OSError, ValueError):
-        known = {"toy": 1, "imdb": 1, "snli": 2}.get(task)
-        return known or (Path(task) / "train.tsv").read_text(encoding="utf-8").partition("\n")[0].count("\t")
+    vocabulary = data.Vocabulary(tokenizer, s["max_len"], table, s["unknown_words"], s["candidates"])
+    return Victim(model, vocabulary, batch_size, precision, config, config.get("parts"))
 
 
 def read_json(path):
@@ -385,8 +386,8 @@ def write_json(path, content):
 def read_lines(path, keys):
     """The objects of a .jsonl file, [] if there is none. A last line that was cut off when its writer was killed is
     left out; InputError for any other line that is not JSON, or lacks one of the keys."""
-    lines = Path(path).read_bytes().split(b"\n") if Path(path).exists() else []
-    objects = []
+    with data.reading(path):
+        lines, objects = Path(path).read_bytes().split(b"\n") if Path(path).exists() else [], []
     for n, line in enumerate(lines, 1):
         try:
             objects.append(json.loads(line))
@@ -424,35 +425,43 @@ def take_tensors(parameters, tensors, path):
             parameter.copy_(tensors[name])
 
 
-# ---- Accuracy: clean, on the hull, and how certain it is ------------------------------------------
+# ---- Accuracy: clean, on the hull, and how certain it is -----------------------------------------
 
 
-def hull_attack(victim, examples, *, steps=10, lr=1.0, weight_decay=2e-5, sparsity=15.0, seed=0, progress=False):
-    """The quick robust accuracy: the training adversary, maximising cross-entropy, at its discrete texts (section 2).
+def search_settings(s):
+    """The settings of the search in the hull, as rift.adversary takes them."""
+    return dict(steps=s["adv_steps"], lr=s["adv_lr"], weight_decay=s["adv_weight_decay"], sparsity=s["sparsity"])
+
+
+def hull_attack(victim, examples, *, seed=0, progress=False, **search):
+    """The quick robust accuracy: the training adversary, maximising cross-entropy, at its discrete texts.
 
     examples: N data.Example; each starts from its own noise, seeded with (seed, its place among them), so that
-    nothing depends on the batch size. Returns (predictions (N,) int64 on the adversarial texts, those texts as words).
+    nothing depends on the batch size. search: search_settings(). Returns (predictions (N,) int64 on the adversarial
+    texts, those texts as words).
     """
     vocabulary, model = victim.vocabulary, victim.model
     texts = [vocabulary.visible(x.words) for x in examples]
     y = torch.tensor([x.y for x in examples], dtype=torch.int64, device=victim.device)
-    shape = torch.empty(vocabulary.max_len, vocabulary.max_candidates)
+    largest = torch.empty(vocabulary.max_len, vocabulary.max_candidates)
 
     def start(i):
         state = int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
-        return rift.noise(shape, vocabulary.max_len, torch.Generator().manual_seed(state))
+        return rift.noise(largest, vocabulary.max_len, torch.Generator().manual_seed(state))
 
-    adversarial = [None] * len(texts)
+    adversarial, S = [None] * len(texts), torch.empty(len(texts), model.encoder.config.hidden_size, device=victim.device)
     for rows, batch in tqdm(victim.batches(texts, hull=True), "hull", math.ceil(len(texts) / victim.batch_size),
                             disable=not progress, leave=False):
         B, L, K = batch["subs"].shape
         v = torch.stack([start(i) for i in rows])[:, :L, :K].to(victim.device)
         with autocast(victim.device, victim.precision):
-            w = rift.adversary(model.encoder, model.head, **batch, v=v, y=y[rows], pooling=model.pooling, steps=steps,
-                               lr=lr, weight_decay=weight_decay, sparsity=sparsity)
+            w = rift.adversary(model.encoder, model.head, **batch, v=v, y=y[rows], pooling=model.pooling, **search)
+            with torch.no_grad(), rift.dropout_off(model.encoder):
+                ids = rift.discrete(batch["subs"], w)                            # (B, L)
+                S[rows] = rift.features(model.encoder, ids, batch["attention_mask"], model.pooling)
         for i, k in zip(rows, w.argmax(-1).tolist()):                            # k: (L,) the candidate chosen
             adversarial[i] = vocabulary.substitute(texts[i], k)
-    return victim.probabilities(victim.features(adversarial)).argmax(-1), adversarial
+    return victim.probabilities(S).argmax(-1), adversarial
 
 
 def accuracy(predictions, examples):
@@ -483,15 +492,14 @@ def paired_bootstrap(a, b, draws=10_000, seed=0):
     return a.mean() - b.mean(), *np.quantile(resampled(a) - resampled(b), [0.025, 0.975])
 
 
-# ---- Attacking a run ------------------------------------------------------------------------------
+# ---- Attacking a run -----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Plan:
     """What the runs on one data set share: the texts to attack, and what the attacks may put there."""
     task: data.Task
-    examples: list      # of the split
-    chosen: list        # N indices into it, the same for every run and attack: the first of a seeded shuffle
+    chosen: dict        # {index in the split: data.Example}, the same for every run and attack: of a seeded shuffle
     settings: dict      # what the choice depends on
     wordnet: object     # the table of pwws-wordnet
     lm: str             # the genetic attack's language-model constraint: none, scores or the name of a model
@@ -505,18 +513,10 @@ def make_plan(s, args):
     examples = getattr(task, args.split)
     wordnet = data.load_neighbors("wordnet", data_dir) if "pwws-wordnet" in args.attacks else None
     source = args.lm_constraint or ("scores" if s["task"] in ("imdb", "snli") and genetic else "none")
-    known, drawn_from, allowed = set(range(len(examples))), "all texts", lambda index, words, synonyms: synonyms
+    known, drawn_from, allowed = range(len(examples)), "all texts", lambda index, words, synonyms: synonyms
     if source == "scores":
-        sentences = [" ".join(x.words[-1]) for x in examples]
-        try:
-            scores = attacks.read_lm_scores(data.locate("scores", data_dir), set(sentences), task.name)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(f"language-model scores: {first_line(error)}; --lm-constraint none attacks without them") from None
-        known = {i for i, sentence in enumerate(sentences) if sentence in scores}
-        content = json.dumps([scores.get(sentence) for sentence in sentences])
-        drawn_from = f"score file {hashlib.sha256(content.encode()).hexdigest()}"
+        known, drawn_from, allowed = scores_of(examples, task.name, data_dir)
         print(f"The score file knows {len(known):,} of the {len(examples):,} {args.split} texts; N are drawn from these.")
-        allowed = lambda index, words, synonyms: attacks.scores_constraint(words, synonyms, scores[sentences[index]])
     elif source != "none" and genetic:
         try:
             model = attacks.CausalLM(source, pick_device(args.device))
@@ -525,34 +525,56 @@ def make_plan(s, args):
                              f"safetensors weights: {first_line(error)}") from None
         allowed = lambda index, words, synonyms: attacks.lm_constraint(words, synonyms, model)
     order = np.random.default_rng(args.seed).permutation(len(examples)).tolist()
-    chosen = [i for i in order if i in known][:args.num_examples]
+    chosen = {i: examples[i] for i in [i for i in order if i in known][:args.num_examples]}
     if not chosen:
         raise InputError(f"the score file knows no {args.split} text; --lm-constraint none attacks without it")
     if len(chosen) < args.num_examples:
         print(f"There are only {len(chosen):,} such {args.split} texts: N is {len(chosen)}, not {args.num_examples}.")
     settings = {"split": args.split, "num_examples": len(chosen), "seed": args.seed, "data": task.fingerprint,
                 "drawn_from": drawn_from}
-    return Plan(task, examples, chosen, settings, wordnet, source, allowed)
+    return Plan(task, chosen, settings, wordnet, source, allowed)
+
+
+def scores_of(examples, task_name, data_dir):
+    """The published language-model scores of examples -> (the indices of those it knows, what the choice of texts
+    depends on, the constraint (index, words, synonyms) -> synonyms). Raises InputError."""
+    sentences = [" ".join(x.words[-1]) for x in examples]
+    try:
+        scores = attacks.read_lm_scores(data.locate("scores", data_dir), set(sentences), task_name)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"language-model scores: {first_line(error)}; --lm-constraint none attacks without them") from None
+    digest = hashlib.sha256(json.dumps([scores.get(sentence) for sentence in sentences]).encode()).hexdigest()
+
+    def allowed(index, words, synonyms):
+        return attacks.scores_constraint(words, synonyms, scores[sentences[index]])
+
+    return {i for i, sentence in enumerate(sentences) if sentence in scores}, f"score file {digest}", allowed
 
 
 def run_attack(name, method, table, victim, plan, texts, pending, args, progress):
     """Yields the attacks.Result of each pending example as it is finished. texts: {index: text} of all chosen ones."""
-    y, wanted = {i: plan.examples[i].y for i in texts}, set(pending)
     if name == "hull":              # quick, and all at once: where one is pending all are attacked, in the same batches
-        predictions, adversarial = method(victim, [plan.examples[i] for i in texts], seed=args.seed, progress=progress)
-        for i, prediction, words in zip(texts, predictions.tolist(), adversarial):
-            if i in wanted:
+        predictions, adversarial = method(victim, list(plan.chosen.values()), seed=args.seed, progress=progress)
+        for (i, x), prediction, words in zip(plan.chosen.items(), predictions.tolist(), adversarial):
+            if i in pending:
                 changed = sum(a != b for a, b in zip(data.from_text(texts[i])[-1], words[-1]))
-                yield attacks.Result(i, name, y[i], texts[i], data.to_text(words), prediction != y[i], prediction, changed,
-                                     queries=method.keywords["steps"] + 1, correct=True)
+                yield attacks.Result(i, name, x.y, texts[i], data.to_text(words), prediction != x.y, prediction, changed,
+                                     queries=method.keywords["steps"] + 1, correct=True)     # forward passes of the search
         return
 
     def synonyms(index, words):
         lists = [table.get(word, []) for word in words]
         return plan.allowed(index, words, lists) if name == "genetic" else lists
 
-    yield from attacks.attack(victim, [(i, texts[i], y[i]) for i in pending], method, synonyms, seed=args.seed,
+    yield from attacks.attack(victim, [(i, texts[i], plan.chosen[i].y) for i in pending], method, synonyms, seed=args.seed,
                               batch_size=args.batch_size, progress=progress, name=name)
+
+
+def methods_of(s, args):
+    """The attacks with their settings bound: a run's own in the hull, those of the command line elsewhere."""
+    pwws = functools.partial(attacks.pwws, unknown="NULL")
+    return {"pwws": pwws, "pwws-wordnet": pwws, "hull": functools.partial(hull_attack, **search_settings(s)),
+            "genetic": functools.partial(attacks.genetic, population=args.population, generations=args.generations)}
 
 
 def evaluate(folder, victim, plan, args, processes):
@@ -562,16 +584,14 @@ def evaluate(folder, victim, plan, args, processes):
     What attacks.jsonl already holds of the same settings is not attacked again; what is left is shared out among the
     processes, and the first of them writes the files. Raises InputError if its settings differ, and ValueError if the
     victim's probabilities are none.
-    Returns {"name", "method", "labels", "clean": (N,) bool, attack: {"robust": (N,) bool, "lines": [dict], "settings"}}.
+    Returns {"name", "method", "labels", "robust": {"clean" or attack: (N,) bool}, "lines": {attack: [dict]}, "settings":
+    {attack: dict}}.
     """
     suffix = "" if args.split == "test" else f"-{args.split}"
     eval_path, lines_path = folder / f"eval{suffix}.json", folder / f"attacks{suffix}.jsonl"
     tables = {name: plan.wordnet if name == "pwws-wordnet" else victim.vocabulary.neighbors for name in args.attacks}
-    s, pwws = victim.config["settings"], functools.partial(attacks.pwws, unknown="NULL")
-    methods = {"pwws": pwws, "pwws-wordnet": pwws,                               # with their own settings bound
-               "genetic": functools.partial(attacks.genetic, population=args.population, generations=args.generations),
-               "hull": functools.partial(hull_attack, steps=s["adv_steps"], lr=s["adv_lr"],
-                                         weight_decay=s["adv_weight_decay"], sparsity=s["sparsity"])}
+    s = victim.config["settings"]
+    methods = methods_of(s, args)
     settings = {"clean": plan.settings | {"precision": victim.precision}}
     for name in args.attacks:
         settings[name] = settings["clean"] | methods[name].keywords | {"neighbors": data.table_fingerprint(tables[name])}
@@ -588,12 +608,13 @@ def evaluate(folder, victim, plan, args, processes):
         data.write_atomically(lines_path, "".join(json.dumps(line) + "\n" for line in kept))
         write_json(eval_path, record)
 
-    texts = {i: data.to_text(victim.vocabulary.visible(plan.examples[i].words)) for i in plan.chosen}
+    texts = {i: data.to_text(victim.vocabulary.visible(x.words)) for i, x in plan.chosen.items()}
     P = attacks.check_probabilities(victim(texts.values()), len(texts))          # (N, C)
-    clean = P.argmax(1) == [plan.examples[i].y for i in texts]
+    clean = P.argmax(1) == [x.y for x in plan.chosen.values()]
     attacked = [i for i, correct in zip(texts, clean) if correct]
     record["clean"] = float(clean.mean())
-    found = {"name": str(folder), "method": s["method"], "labels": plan.task.labels, "clean": clean}
+    found = {"name": str(folder), "method": s["method"], "labels": plan.task.labels, "robust": {"clean": clean},
+             "lines": {}, "settings": settings}
     save()
     for name in args.attacks:
         lines = done.setdefault(name, {})
@@ -603,17 +624,17 @@ def evaluate(folder, victim, plan, args, processes):
             with open(lines_path, "ab", buffering=0) as file:                    # a line a write, whoever writes
                 for result in run_attack(name, methods[name], tables[name], victim, plan, texts, mine, args,
                                          progress=processes.rank == 0):
-                    new[result.index] = {key: getattr(result, key) for key in LINE}
+                    new[result.index] = {key: getattr(result, key) for key in RESULT_KEYS}
                     file.write(json.dumps(new[result.index]).encode() + b"\n")
             lines |= processes.collect(new)
         survived = {i for i in attacked if lines[i]["prediction"] == lines[i]["label"]}
-        robust = np.array([i in survived for i in texts])
-        found[name] = {"robust": robust, "lines": [lines[i] for i in attacked], "settings": settings[name]}
-        record[name] = float(robust.mean())
+        found["robust"][name] = np.array([i in survived for i in texts])
+        found["lines"][name] = [lines[i] for i in attacked]
+        record[name] = float(found["robust"][name].mean())
         save()
     if args.split == "test" and processes.rank == 0:         # its "hull" stays what training measured on all of test
-        metrics = {key: value for key, value in read_json(folder / "metrics.json").items() if key not in ATTACKS[:3]}
-        write_json(folder / "metrics.json", metrics | {name: record[name] for name in ATTACKS[:3] if name in record})
+        metrics = {key: value for key, value in read_json(folder / "metrics.json").items() if key not in BLACK_BOX}
+        write_json(folder / "metrics.json", metrics | {name: record[name] for name in BLACK_BOX if name in record})
     return found
 
 
@@ -634,12 +655,12 @@ def earlier(eval_path, lines_path, settings):
             if then.get(key) != now.get(key):
                 raise InputError(f"{eval_path}: holds {name} with {key} {str(then.get(key))[:40]}, not "
                                  f"{str(now.get(key))[:40]}; the same settings go on from there, --overwrite starts anew")
-    for line in read_lines(lines_path, LINE):
+    for line in read_lines(lines_path, RESULT_KEYS):
         done.setdefault(line["attack"], {})[line["index"]] = line
     return before, done
 
 
-# ---- What is printed ------------------------------------------------------------------------------
+# ---- What is printed -----------------------------------------------------------------------------
 
 HEADS = {"pwws": "pwws (unknown word {unknown})", "pwws-wordnet": "pwws-wordnet (unknown word {unknown})",
          "genetic": "genetic ({population} x {generations}, lm {lm_constraint})", "hull": "hull ({steps} steps)"}
@@ -647,60 +668,56 @@ HEADS = {"pwws": "pwws (unknown word {unknown})", "pwws-wordnet": "pwws-wordnet 
 
 def comparison_table(found, names):
     """The table: a row a run; N, accuracy clean and under each attack, words changed, queries. found: what evaluate
-    returned of each run; names: of the attacks. Returns lines of text."""
+    returned of each run; names: of the attacks. Returns rows of cells."""
     def share(correct):
         low, high = wilson(correct.sum(), len(correct))
         return f"{correct.mean():.3f} [{low:.3f}, {high:.3f}]"
 
     rows = [["run", "N", "clean"]]
     for name in names:
-        heads = dict.fromkeys(HEADS[name].format(**run[name]["settings"]) for run in found)
+        heads = dict.fromkeys(HEADS[name].format(**run["settings"][name]) for run in found)
         rows[0] += [" / ".join(heads), "words", "queries"]
     for run in found:
-        rows.append([run["name"], str(len(run["clean"])), share(run["clean"])])
+        rows.append([run["name"], str(len(run["robust"]["clean"])), share(run["robust"]["clean"])])
         for name in names:
-            lines = run[name]["lines"]
+            lines = run["lines"][name]
             changed = [x["words_changed"] / len(data.from_text(x["original"])[-1]) for x in lines if x["success"]]
-            rows[-1] += [share(run[name]["robust"]), f"{np.mean(changed):.1%}" if changed else "-",
+            rows[-1] += [share(run["robust"][name]), f"{np.mean(changed):.1%}" if changed else "-",
                          f"{np.mean([x['queries'] for x in lines]):.0f}" if lines else "-"]
-    return aligned(rows)
-
-
-def by_method(found):
-    """{method: its runs}, in the order in which they come."""
-    return {method: [run for run in found if run["method"] == method]
-            for method in dict.fromkeys(run["method"] for run in found)}
+    return rows
 
 
 def scores(runs, name):
     """Which texts each run has right, clean or under an attack: (R, N) bool."""
-    return np.stack([run["clean"] if name == "clean" else run[name]["robust"] for run in runs])
+    return np.stack([run["robust"][name] for run in runs])
 
 
-def seeds_table(found, names):
+def seeds_table(methods, names):
     """The same over seeds: a row a method, mean and standard deviation over its runs (of a single one its figure).
-    Returns lines of text, [] where no method has several runs."""
+    methods: {method: its runs}. Returns rows of cells."""
     rows = [["method", "runs", "clean", *names]]
-    for method, runs in by_method(found).items():
+    for method, runs in methods.items():
         means = [scores(runs, name).mean(1) for name in ("clean", *names)]
         rows.append([method, str(len(runs)), *(f"{x.mean():.3f}" + (f" (sd {x.std(ddof=1):.3f})" if len(x) > 1 else "")
                                                for x in means)])
-    return aligned(rows) if len(rows) <= len(found) else []
+    return rows
 
 
 def differences_table(pairs, names):
-    """Paired differences: a row for each (name, runs, other runs) in pairs. Returns lines of text."""
+    """Paired differences: a row for each (name, runs, other runs) in pairs. Returns rows of cells."""
     rows = [["difference", "clean", *names]]
     for label, runs, others in pairs:
         differences = [paired_bootstrap(scores(runs, name), scores(others, name)) for name in ("clean", *names)]
         rows.append([label, *("{:+.3f} [{:+.3f}, {:+.3f}]".format(*d) for d in differences)])
-    return aligned(rows)
+    return rows
 
 
-def aligned(rows):
-    """Rows of cells as lines of text, columns aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+def show(title, rows):
+    """Prints a title and rows of cells, columns aligned; nothing where there is only the head."""
+    if len(rows) > 1:
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        print("\n".join([f"\n{title}", *lines]))
 
 
 def marked(original, adversarial, colour):
@@ -717,30 +734,31 @@ def report(groups, args):
     groups: a list for each data set, of what evaluate returned of its runs.
     """
     found = [run for group in groups for run in group]
-    print(f"\nAccuracy on N {args.split} texts (seed {args.seed}) with its 95% Wilson interval; words: mean share of the "
-          "words changed where\nthe attack succeeded; queries: mean number of texts asked, an attacked example\n")
-    print("\n".join(comparison_table(found, args.attacks)))
+    show(f"Accuracy on N {args.split} texts (seed {args.seed}) with its 95% Wilson interval; words: mean share of the words "
+         "changed where\nthe attack succeeded; queries: mean number of texts asked, an attacked example\n",
+         comparison_table(found, args.attacks))
     for first, *others in groups:
-        methods = by_method([first, *others])
-        if table := seeds_table([first, *others], args.attacks):
+        methods = {}
+        for run in (first, *others):
+            methods.setdefault(run["method"], []).append(run)
+        if len(methods) <= len(others):                  # some method has several runs
+            show("Mean and standard deviation over runs:", seeds_table(methods, args.attacks))
             pairs = [(f"{b} - {a}", methods[b], methods[a]) for a, b in itertools.combinations(methods, 2)]
-            print("\n".join(["\nMean and standard deviation over runs:", *table]))
-            if pairs:
-                print("\nDifferences of methods, on the same texts, with the 95% bootstrap interval over texts and runs:")
-                print("\n".join(differences_table(pairs, args.attacks)))
-        if others:
-            pairs = [(run["name"], [run], [first]) for run in others]
-            print(f"\nEach run minus {first['name']}, on the same texts, with the 95% bootstrap interval:")
-            print("\n".join(differences_table(pairs, args.attacks)))
+            show("Differences of methods, on the same texts, with the 95% bootstrap interval over texts and runs:",
+                 differences_table(pairs, args.attacks))
+        pairs = [(run["name"], [run], [first]) for run in others]
+        show(f"Each run minus {first['name']}, on the same texts, with the 95% bootstrap interval:",
+             differences_table(pairs, args.attacks))
     for run in found:
         for name in args.attacks:
-            for line in [line for line in run[name]["lines"] if line["success"]][:args.show]:
+            for line in [line for line in run["lines"][name] if line["success"]][:args.show]:
                 print(f"\n{run['name']}, {name}: {run['labels'][line['label']]} -> {run['labels'][line['prediction']]}")
                 print(textwrap.fill(marked(line["original"], line["adversarial"], sys.stdout.isatty()), 110,
                                     initial_indent="  ", subsequent_indent="  "))
 
 
-# ---- Figures (section 6). Colours of Okabe and Ito, and a marker each: they differ in print and to every eye. ----
+# ---- Figures -------------------------------------------------------------------------------------
+# Colours of Okabe and Ito, and a marker each: they differ in print and to every eye.
 
 LOGGED = ("epoch", "params_l2", "cka", "dev_clean", "dev_hull")                # of a line of log.jsonl, what is drawn
 STYLES = {"clean": ("black", "o"), "robust": ("#D55E00", "s"), "standard": ("black", "o"), "adv": ("#0072B2", "s"),
@@ -849,7 +867,7 @@ def plot(folders, path, attack=None, split="test"):
     print(f"{path}: drawn from {', '.join(map(str, folders))}")
 
 
-# ---- The command line -----------------------------------------------------------------------------
+# ---- The command line ----------------------------------------------------------------------------
 
 
 def parse(argv):
@@ -900,19 +918,18 @@ def compare(args, processes):
         plan = make_plan(settings_of(folders[0]), args)
         groups.append([])
         for folder in folders:
-            victim = load_run(folder, processes.device(args.device), args.precision, args.batch_size)
-            s = victim.config["settings"]
+            s = settings_of(folder)
+            table = open_table(s | {"neighbors": args.neighbors}, plan.task, args.data_dir) if args.neighbors else None
+            victim = load_run(folder, processes.device(args.device), args.precision, args.batch_size, table)
             if plan.task.fingerprint != victim.config["fingerprints"].get("data"):
                 raise InputError(f"{folder}: was trained on other data than is found now: the fingerprints differ")
-            if args.neighbors:
-                table = open_table(s | {"neighbors": args.neighbors}, plan.task, args.data_dir)
-                victim.vocabulary = data.Vocabulary(victim.vocabulary.tokenizer, s["max_len"], table, s["unknown_words"],
-                                                    s["candidates"])
             try:
                 with data.writing(folder):
                     groups[-1].append(evaluate(folder, victim, plan, args, processes))
-            except ValueError as error:
-                raise error if isinstance(error, InputError) else InputError(f"{folder}: {error}") from None
+            except InputError:
+                raise
+            except ValueError as error:                  # of the victim's probabilities
+                raise InputError(f"{folder}: {error}") from None
     report(groups, args)
 
 
@@ -920,8 +937,6 @@ def compare(args, processes):
 def main(argv=None):
     """eval.py's command line. Exits with 2 for bad input and with 130 when stopped by Ctrl-C."""
     args = parse(argv)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     processes = Processes()
     if processes.rank:
         sys.stdout = open(os.devnull, "w")

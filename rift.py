@@ -8,7 +8,7 @@ ASCC's: Dong et al., "Towards Robustness Against Natural Language Word Substitut
     x^        its worst neighbour (adversarial text)   T = F_t(x)   pooled output, frozen pre-trained encoder
     q(y|s)    the task head                            g_c, h_c     projections of S and T for class c
 
-    loss = L_task + alpha * L_info                     (section 1 of the README's map)
+    loss = L_task + alpha * L_info,    L_task = E[ -log q(y|S) + beta * KL( q(.|F_s(x)) || q(.|F_s(x^)) ) ]
     text -> token and candidate ids -> embeddings -> hull -> S -> losses
 
 Shapes: B texts, L tokens, K candidates a token (candidate 0 is the token itself), H hidden units,
@@ -22,8 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ------------------------------------------------------------------------------------------------
-# S = F_s(x): the encoder, fed with ids or with embeddings of our own
+# ---- S = F_s(x): the encoder, fed with ids or with embeddings of our own -------------------------
 
 
 def positions_of(encoder, L):
@@ -38,8 +37,8 @@ def positions_of(encoder, L):
 
 @contextmanager
 def embeddings_are(encoder, e):
-    """Inside, the encoder's embedding layer returns e (B, L, H), the input of its first transformer layer; what it
-    computes itself where e is None."""
+    """Inside, the encoder's embedding layer returns e (B, L, H) instead of its own output, as the input of the first
+    transformer layer. With e None nothing changes."""
     hook = encoder.embeddings.register_forward_hook(lambda module, args, output: e)
     try:
         yield
@@ -51,7 +50,8 @@ def embeddings_are(encoder, e):
 def first_token_only(encoder):
     """Inside, the last layer computes its output for the first token alone, (B, 1, H): all that the pooler reads.
 
-    Attention still looks at every token; the layer's other work, 1/8 of MiniLM's, is not done for them.
+    That layer's attention still looks at every token; what follows it, 1/8 of a 6-layer encoder's work, is not done
+    for the others.
     """
     last = encoder.encoder.layer[-1].attention.output
     hook = last.register_forward_pre_hook(lambda module, args: tuple(x[:, :1] for x in args))
@@ -82,8 +82,8 @@ def features(encoder, input_ids, attention_mask, pooling="pooler", e=None, param
 
 
 def float32(x):
-    """The region in which nothing on x's device is rounded to bfloat16, also where the encoder is (autocast):
-    the hull, the head, the projections and the losses."""
+    """Everything inside is computed in float32, also where the encoder runs in bfloat16 (autocast): the hull, the
+    head, the projections and the losses. x: a tensor, for its device."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -106,8 +106,7 @@ def dropout_off(*modules):
             m.training = mode
 
 
-# ------------------------------------------------------------------------------------------------
-# The convex hull of a text's substitutions (ASCC, section 2)
+# ---- The convex hull of a text's substitutions (ASCC), and the adversary in it -------------------
 
 
 def hull(encoder, input_ids, subs, subs_mask):
@@ -152,17 +151,20 @@ def entropy(w):
     return -(w * w.clamp_min(1e-30).log()).sum(-1)           # clamped: masked candidates have w = 0 and no gradient
 
 
-def noise(subs, max_len, generator=None):
+def noise(like, max_len, generator=None):
     """Where the adversary starts: v ~ N(0, 2 / (max_len * 10)), Kaiming's variance for the shape the paper pads to.
 
     The standard deviation depends on the task's longest input (300 or 80), not on the batch's, so that padding
-    less does not change the method. subs: (B, L, K), for its shape and device. Returns (B, L, K) float32.
+    less does not change the method. like: a tensor of the shape wanted, (.., L, K), and its device; drawn on the CPU,
+    so that a seed gives the same numbers everywhere. Returns (.., L, K) float32.
     """
-    return torch.randn(subs.shape, generator=generator).to(subs.device) * math.sqrt(2 / (max_len * 10))
+    return torch.randn(like.shape, generator=generator).to(like.device) * math.sqrt(2 / (max_len * 10))
 
 
 def search_hull(objective, predict, e, E, free, subs_mask, v, steps=10, lr=1.0, weight_decay=2e-5, sparsity=15.0):
-    """Adam's ascent in the hull:  max_v  objective(predict(e^(v))) - sparsity * sum_l H(w_l) / (300 * 128).
+    """Adam's ascent in the hull.
+
+        max over v of   objective(predict(e^(v))) - sparsity * sum_l H(w_l) / (300 * 128)
 
     objective: logits (B, C) -> scalar, summed over the batch; predict: embeddings (B, L, H) -> logits (B, C);
     e, E, free: from hull(), constants here; subs_mask: (B, L, K) bool; v: (B, L, K) the start; weight_decay is
@@ -183,7 +185,7 @@ def search_hull(objective, predict, e, E, free, subs_mask, v, steps=10, lr=1.0, 
 
 def adversary(encoder, head, input_ids, attention_mask, subs, subs_mask, v, y=None, *, pooling="pooler",
               steps=10, lr=1.0, weight_decay=2e-5, sparsity=15.0):
-    """The worst point of the hull, for training and for the quick robust accuracy (section 2).
+    """The worst point of the hull, for training and for the quick robust accuracy.
 
     Without y, the self-supervised adversary of training: argmax KL( q(.|F_s(x)) || q(.|F_s(x')) ), which starts
     from the model's own prediction. With y (B,) int64, argmax -log q(y|F_s(x')).
@@ -214,8 +216,7 @@ def discrete(subs, w):
     return subs.gather(-1, w.argmax(-1, keepdim=True)).squeeze(-1)
 
 
-# ------------------------------------------------------------------------------------------------
-# The losses (section 1)
+# ---- The losses ----------------------------------------------------------------------------------
 
 
 def kl_divergence(clean, adversarial):
@@ -227,11 +228,12 @@ def kl_divergence(clean, adversarial):
 
 
 def info_nce(s, t, tau=0.2):
-    """The contrastive bound on I(S;T): -(1/N) sum_j log( exp f(s_j, t_j) / sum_i exp f(s_i, t_j) ),
+    """The contrastive bound on I(S;T) (van den Oord et al. 2018): I(S;T) >= log N - info_nce.
 
-    with f(s, t) = cos(s, t) / tau. I(S;T) >= log N - info_nce (van den Oord et al. 2018). The competitors of t_j
-    are the other s_i. s, t: (N, D) projected features, row j of both from one text. Returns a scalar, in nats:
-    log N for a constant score.
+        info_nce = -(1/N) sum_j log( exp f(s_j, t_j) / sum_i exp f(s_i, t_j) ),    f(s, t) = cos(s, t) / tau
+
+    The competitors of t_j are the other s_i. s, t: (N, D) projected features, row j of both from one text. Returns a
+    scalar, in nats: log N for a constant score.
     """
     with float32(s):
         f = F.normalize(s, dim=-1) @ F.normalize(t, dim=-1).T / tau              # f[i, j]: (N, N)
@@ -239,9 +241,11 @@ def info_nce(s, t, tau=0.2):
 
 
 def L_info(S, T, y, g, h, tau=0.2):
-    """L_info = mean over c of -(1/N) sum_j log( exp f_c(s_j, t_j) / sum_i exp f_c(s_i, t_j) ), a bound on I(S;T|Y):
+    """The loss that holds on to what pre-training knew, a bound on I(S;T|Y) >= log N - L_info.
 
-    f_c(s, t) = cos( g_c(s), h_c(t) ) / tau, for the N texts of class c in the batch; I(S;T|Y) >= log N - L_info.
+        L_info    = mean over c of -(1/N) sum_j log( exp f_c(s_j, t_j) / sum_i exp f_c(s_i, t_j) )
+        f_c(s, t) = cos( g_c(s), h_c(t) ) / tau,   over the N texts of class c in the batch
+
     S: (B, H) from adversarial texts; T: (B, H) from the clean ones; y: (B,) int64 in 0..C-1; g, h: C projections
     each. A class that the batch lacks adds nothing. The marginal form, a bound on I(S;T), is the same with one
     pair of projections and all y equal to 0. Returns a scalar, in nats.
@@ -259,10 +263,12 @@ def pretrained_distance(encoder, teacher):
 
 
 def mixout(encoder, teacher, p):
-    """Mixout (Lee et al. 2020):  (m * theta_t + (1 - m) * theta_s - p * theta_t) / (1 - p),  m ~ Bernoulli(p).
+    """Mixout (Lee et al. 2020) of the weights and biases of the encoder's linear layers.
 
-    One draw for weights and biases of the encoder's linear layers, 0 <= p < 1. Returns {name: tensor}, to be
-    passed to features(parameters=..): the encoder itself is untouched, gradients reach theta_s.
+        (m * theta_t + (1 - m) * theta_s - p * theta_t) / (1 - p),   m ~ Bernoulli(p) for every single entry
+
+    0 <= p < 1. Returns {name: tensor}, to be passed to features(parameters=..): the encoder itself is untouched,
+    gradients reach theta_s.
     Raises ValueError for p outside its range.
     """
     if not 0 <= p < 1:
@@ -287,8 +293,7 @@ def linear_cka(S, T):
     return ((S.T @ T).norm() ** 2 / ((S.T @ S).norm() * (T.T @ T).norm()).clamp_min(1e-30)).item()
 
 
-# ------------------------------------------------------------------------------------------------
-# The model
+# ---- The model -----------------------------------------------------------------------------------
 
 
 def mlp(d_in, d_hidden, d_out):
@@ -325,8 +330,8 @@ class RIFT(nn.Module):
         """The terms of the loss for one batch, as {"ce": .., "kl": .., "info": .., "ptwd": ..}, scalars.
 
         input_ids, attention_mask: (B, L) int64; y: (B,) int64; subs, subs_mask, w: (B, L, K), the adversary's
-        mixture: with w comes the term "kl"; T: (B, H), the teacher's features: with T comes "info". One pass
-        on x^ serves both. ptwd: also the distance to the pre-trained weights; mixout_p: probability of mixout;
+        mixture: with w comes the term "kl"; T: (B, H), the teacher's features: with w and T comes "info". One
+        pass on x^ serves both. ptwd: also the distance to the pre-trained weights; mixout_p: probability of mixout;
         gather: collects (b, ..) tensors of all processes into (B, ..), with gradients.
         """
         def F_s(e=None):

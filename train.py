@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import math
+import shlex
 import signal
 import sys
 import time
@@ -29,9 +30,9 @@ import data
 import eval
 import rift
 from data import InputError
-from eval import Processes, autocast, number, positive, write_json
+from eval import Processes, number, positive
 
-# Section 6: the terms that each method adds to the cross-entropy. What is not listed is not computed.
+# The terms that each method adds to the cross-entropy. What is not listed is not computed.
 METHODS = {
     "standard": (),
     "adv": ("kl",),
@@ -41,19 +42,17 @@ METHODS = {
     "rift": ("kl", "info"),
 }
 
-# Section 1: the paper's numbers where tasks differ. A folder of own data starts from imdb's.
-PAPER = {
-    "imdb": dict(method=["rift"], model="bert-base-uncased", pooling="pooler", max_len=300, batch_size=32, epochs=20,
-                 lr=2e-5, beta=10.0, alpha=0.1, adv_steps=10, schedule=[0.1, 0.55, 1.0]),
-    "snli": dict(method=["rift"], model="bert-base-uncased", pooling="pooler", max_len=80, batch_size=120, epochs=20,
-                 lr=2e-5, beta=5.0, alpha=0.7, adv_steps=10, schedule=[0.1, 0.55, 1.0]),
+# The paper's numbers where tasks differ, and the toy task's own. A folder of own data starts from imdb's.
+PAPER = dict(method=["rift"], model="bert-base-uncased", pooling="pooler", epochs=20, lr=2e-5)
+TASKS = {
+    "imdb": PAPER | dict(max_len=300, batch_size=32, beta=10.0, alpha=0.1),
+    "snli": PAPER | dict(max_len=80, batch_size=120, beta=5.0, alpha=0.7),
+    "toy": dict(method=["standard", "adv", "rift"], model="toy", pooling="mean", epochs=10, lr=2e-3, max_len=64,
+                batch_size=16, beta=5.0, alpha=0.2),
 }
-TOY = dict(PAPER["imdb"], method=["standard", "adv", "rift"], model="toy", pooling="mean", max_len=64, batch_size=16,
-           epochs=20, lr=2e-3, beta=5.0)
 
 
-# ------------------------------------------------------------------------------------------------
-# The state of a run
+# ---- The state of a run --------------------------------------------------------------------------
 
 
 class Training:
@@ -94,20 +93,16 @@ class Training:
         self.progress = progress
 
 
-class Stop(BaseException):
-    """Ctrl-C or a polite kill, noticed between two steps."""
-
-
 @contextmanager
 def stoppable(processes):
-    """Inside, SIGINT and SIGTERM wait for the end of the step: yields a function that raises Stop, in all processes
-    at the same step, if one came."""
+    """Inside, SIGINT (Ctrl-C) and SIGTERM wait: yields a function that raises KeyboardInterrupt, in all processes at
+    the same step, if one came."""
     came = []
     handlers = {n: signal.signal(n, lambda *_: came.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def check():
         if processes.mean({"came": len(came)})["came"] > 0:
-            raise Stop
+            raise KeyboardInterrupt
 
     try:
         yield check
@@ -116,15 +111,14 @@ def stoppable(processes):
             signal.signal(n, handler)
 
 
-# ------------------------------------------------------------------------------------------------
-# One step, one epoch, one run
+# ---- One step, one epoch, one run ----------------------------------------------------------------
 
 
 def slices(y, size):
     """The rows of a batch in class-balanced slices of about `size` texts, for gradient accumulation.
 
     y: (B,) int64, every class equally often. Returns a list of index tensors. L_info compares the texts of a
-    slice: its N is the slice's, not the batch's.
+    slice: its N is the slice's, not the batch's (a last slice of one text a class adds 0).
     """
     rows = torch.stack([(y == c).nonzero().squeeze(1) for c in y.unique()])             # (C, N)
     return [part.flatten() for part in rows.split(max(size // len(rows), 2), dim=1)]
@@ -145,11 +139,10 @@ def train_step(training, batch, y, T, s):
         part = {name: tensor[rows] for name, tensor in batch.items()}
         w = None
         if "kl" in adds:
-            with autocast(y.device, s["precision"]):
+            with eval.autocast(y.device, s["precision"]):
                 w = rift.adversary(model.encoder, model.head, **part, v=rift.noise(part["subs"], s["max_len"]),
-                                   pooling=s["pooling"], steps=s["adv_steps"], lr=s["adv_lr"],
-                                   weight_decay=s["adv_weight_decay"], sparsity=s["sparsity"])
-        with autocast(y.device, s["precision"]):
+                                   pooling=s["pooling"], **eval.search_settings(s))
+        with eval.autocast(y.device, s["precision"]):
             terms = training.parallel(
                 **part, y=y[rows], w=w, T=None if T is None else T[rows], tau=s["tau"], ptwd="ptwd" in adds,
                 mixout_p=s["mixout"] if "mixout" in adds else 0.0, gather=training.processes.gather)
@@ -162,93 +155,109 @@ def train_step(training, batch, y, T, s):
     if not all(map(math.isfinite, totals.values())):
         raise InputError(f"the loss is not finite at step {training.progress['step']} "
                          f"({', '.join(f'{name} {value:g}' for name, value in totals.items())}, learning rate "
-                         f"{training.adamw.param_groups[0]['lr']:g}): the last checkpoint is kept; try a smaller --lr")
+                         f"{training.adamw.param_groups[0]['lr']:g}): start anew with a smaller --lr (--overwrite, or another "
+                         "--out)")
     training.adamw.step()
     return totals
 
 
-def measure(training, victim, dev, T_dev, s):
-    """What is logged of the model after an epoch: accuracy on dev, clean and on the hull, and how much it forgot."""
-    texts = [victim.vocabulary.visible(x.words) for x in dev]
-    S = victim.features(texts)
-    hull, _ = eval.hull_attack(victim, dev, **adversary_settings(s))
-    return {"dev_clean": eval.accuracy(victim.probabilities(S).argmax(-1), dev), "dev_hull": eval.accuracy(hull, dev),
+def epoch_batches(y, lengths, s, epoch, processes):
+    """The class-balanced batches of an epoch, of each this process's share: the same whenever they are drawn.
+
+    y, lengths: (n,) class and length of each training text. Returns a list of int arrays. Raises InputError where no
+    batch has a text of each class for each process.
+    """
+    drawn = data.balanced_batches(y, lengths, s["batch_size"], np.random.default_rng([s["seed"], epoch]))
+    C = len(np.unique(y))
+    batches = [processes.share(rows, y[rows]) for rows in drawn if len(rows) >= C * processes.world]
+    if not batches:
+        raise InputError(f"--batch-size {s['batch_size']}: too small for {C} classes on {processes.world} processes: each "
+                         "needs one text of every class")
+    return batches
+
+
+def train_epoch(training, vocabulary, texts, y, T, s, folder, check):
+    """Algorithm 1, one epoch, from the batch where `training` stands; a checkpoint every --save-minutes.
+
+    texts, y: n training texts as words and their classes (n,); T: (n, H) teacher features or None; check: called
+    before every step, raises KeyboardInterrupt when the run is to stop.
+    """
+    at, device, processes = training.progress, training.model.encoder.device, training.processes
+    for group in training.adamw.param_groups:
+        group["lr"] = s["lr"] * s["schedule"][min(at["epoch"], len(s["schedule"]) - 1)]
+    batches = epoch_batches(y, [sum(map(len, words)) for words in texts], s, at["epoch"], processes)
+    bar = tqdm(batches[at["batch"]:], f"{s['method']} epoch {at['epoch'] + 1}/{s['epochs']}", total=len(batches),
+               initial=at["batch"], leave=False, disable=processes.rank > 0)
+    training.model.train()
+    saved = time.monotonic()
+    for rows in bar:
+        check()
+        start = time.monotonic()
+        seed = np.random.SeedSequence([s["seed"], at["step"], processes.rank]).generate_state(1)[0]
+        torch.manual_seed(int(seed))                                            # dropout and the adversary's noise
+        batch = vocabulary.encode([texts[i] for i in rows], hull="kl" in METHODS[s["method"]])
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        totals = train_step(training, batch, torch.as_tensor(y[rows], device=device), None if T is None else T[rows], s)
+        at["sums"] = {name: at["sums"].get(name, 0.0) + value for name, value in totals.items()}
+        at["batch"], at["step"] = at["batch"] + 1, at["step"] + 1
+        at["seconds"] += time.monotonic() - start
+        bar.set_postfix({name: f"{value:.3f}" for name, value in totals.items()})
+        if at["step"] == 3 and processes.rank == 0:
+            announce(at["seconds"] / at["batch"] * len(batches) * s["epochs"], device)
+        if time.monotonic() - saved > 60 * s["save_minutes"]:
+            training.save(folder / "checkpoint.safetensors")
+            saved = time.monotonic()
+
+
+def accuracies(victim, examples, s, progress=False):
+    """The model's accuracy on examples, clean and on the hull, and its features of them: (clean, hull, S (N, H))."""
+    S = victim.features([x.words for x in examples])
+    hull, _ = eval.hull_attack(victim, examples, **eval.search_settings(s), progress=progress)
+    return eval.accuracy(victim.probabilities(S).argmax(-1), examples), eval.accuracy(hull, examples), S
+
+
+def end_epoch(training, victim, dev, T_dev, s, folder):
+    """Measures on dev how accurate the model is and how much it forgot, logs that, and keeps its weights if it was at
+    no earlier epoch as robust there. T_dev: (N, H), the teacher's features of dev. Raises InputError."""
+    at, first = training.progress, training.processes.rank == 0
+    clean, hull, S = accuracies(victim, dev, s)
+    line = {"epoch": at["epoch"], **{name: total / at["batch"] for name, total in at["sums"].items()},
+            "dev_clean": clean, "dev_hull": hull,
             "params_l2": rift.pretrained_distance(training.model.encoder, training.model.teacher).item(),
-            "cka": rift.linear_cka(S, T_dev)}
-
-
-def adversary_settings(s):
-    """The settings of the search in the hull, as eval.hull_attack takes them."""
-    return dict(steps=s["adv_steps"], lr=s["adv_lr"], weight_decay=s["adv_weight_decay"], sparsity=s["sparsity"])
+            "cka": rift.linear_cka(S, T_dev), "lr": training.adamw.param_groups[0]["lr"],
+            "seconds": round(at["seconds"], 3)}
+    if hull > at["best"]["dev_hull"]:
+        at["best"] = {"epoch": at["epoch"], "dev_hull": hull}
+        if first:
+            eval.save_tensors(folder / "best.safetensors", training.parameters)
+    at |= {"epoch": at["epoch"] + 1, "batch": 0, "sums": {}, "seconds": 0.0, "log": at["log"] + [line]}
+    if first:                                       # before the checkpoint: a run killed in between writes it again
+        data.write_atomically(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in at["log"]))
+        tqdm.write(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), sys.stderr)
+    training.save(folder / "checkpoint.safetensors")
 
 
 def fit(training, task, vocabulary, s, folder):
     """Trains until the last epoch, from where `training` stands, and keeps the best epoch's weights.
 
     After each epoch, every --save-minutes, and when stopped, the state goes to folder/checkpoint.safetensors;
-    the best epoch by robust accuracy on dev (hull) to folder/best.safetensors. Raises Stop when stopped, InputError
-    where a loss is not finite, a file cannot be written, or a batch has no text for each process.
+    the best epoch by robust accuracy on dev (hull) to folder/best.safetensors. Raises KeyboardInterrupt when stopped,
+    InputError where a loss is not finite, a file cannot be written, or a batch has no text for each process.
     """
-    model, at, device, processes = training.model, training.progress, training.model.encoder.device, training.processes
+    at, model = training.progress, training.model
     victim = eval.Victim(model, vocabulary, s["eval_batch_size"], s["precision"])
     texts = [vocabulary.visible(x.words) for x in task.train]
-    lengths = [sum(map(len, words)) for words in texts]
-    labels = np.array([x.y for x in task.train])
-    y = torch.tensor(labels, device=device)
+    y = np.array([x.y for x in task.train])
     # The teacher is frozen and sees clean text only: one pass over the data serves every epoch.
-    T = victim.features(texts, model.teacher) if "info" in METHODS[s["method"]] else None           # (N, H)
-    T_dev = victim.features([vocabulary.visible(x.words) for x in task.dev], model.teacher)
-
-    with stoppable(processes) as check:
+    T = victim.features(texts, model.teacher) if "info" in METHODS[s["method"]] else None           # (n, H)
+    T_dev = victim.features([x.words for x in task.dev], model.teacher)
+    with stoppable(training.processes) as check:
         try:
-            saved = time.monotonic()
             while at["epoch"] < s["epochs"]:
-                lr = s["lr"] * s["schedule"][min(at["epoch"], len(s["schedule"]) - 1)]
-                for group in training.adamw.param_groups:
-                    group["lr"] = lr
-                batches = data.balanced_batches(labels, lengths, s["batch_size"],
-                                                np.random.default_rng([s["seed"], at["epoch"]]))
-                batches = [rows for rows in batches if len(rows) >= len(task.labels) * processes.world]
-                if not batches:
-                    raise InputError(f"--batch-size {s['batch_size']}: {processes.world} processes need at least one "
-                                     f"text of each of {len(task.labels)} classes each")
-                bar = tqdm(batches[at["batch"]:], f"{s['method']} epoch {at['epoch'] + 1}/{s['epochs']}", total=len(batches),
-                           initial=at["batch"], leave=False, disable=processes.rank > 0)
-                model.train()
-                for rows in bar:
-                    check()
-                    start = time.monotonic()
-                    rows = processes.share(rows, labels[rows])
-                    seed = np.random.SeedSequence([s["seed"], at["step"], processes.rank]).generate_state(1)[0]
-                    torch.manual_seed(int(seed))                                # dropout and the adversary's noise
-                    batch = vocabulary.encode([texts[i] for i in rows], hull="kl" in METHODS[s["method"]])
-                    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                    index = torch.as_tensor(rows, device=device)
-                    totals = train_step(training, batch, y[index], None if T is None else T[index], s)
-                    at["sums"] = {name: at["sums"].get(name, 0.0) + value for name, value in totals.items()}
-                    at["batch"], at["step"] = at["batch"] + 1, at["step"] + 1
-                    at["seconds"] += time.monotonic() - start
-                    bar.set_postfix({name: f"{value:.3f}" for name, value in totals.items()})
-                    if at["step"] == 3 and processes.rank == 0:
-                        announce(at["seconds"] / 3 * len(batches) * s["epochs"], device)
-                    if time.monotonic() - saved > 60 * s["save_minutes"]:
-                        training.save(folder / "checkpoint.safetensors")
-                        saved = time.monotonic()
-                line = {"epoch": at["epoch"], **{name: value / at["batch"] for name, value in at["sums"].items()},
-                        **measure(training, victim, task.dev, T_dev, s), "lr": lr, "seconds": round(at["seconds"], 3)}
-                if line["dev_hull"] > at["best"]["dev_hull"]:
-                    at["best"] = {"epoch": at["epoch"], "dev_hull": line["dev_hull"]}
-                    if processes.rank == 0:
-                        eval.save_tensors(folder / "best.safetensors", training.parameters)
-                at |= {"epoch": at["epoch"] + 1, "batch": 0, "sums": {}, "seconds": 0.0, "log": at["log"] + [line]}
-                if processes.rank == 0:             # before the checkpoint: a run killed in between writes it again
-                    data.write_atomically(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in at["log"]))
-                training.save(folder / "checkpoint.safetensors")
-                saved = time.monotonic()
-                if processes.rank == 0:
-                    shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
-                    tqdm.write(" ".join(shown), sys.stderr)
-        except Stop:
+                train_epoch(training, vocabulary, texts, y, T, s, folder, check)
+                end_epoch(training, victim, task.dev, T_dev, s, folder)
+                check()                             # also for what came after the last step
+        except KeyboardInterrupt:
             training.save(folder / "checkpoint.safetensors")
             raise
 
@@ -260,14 +269,18 @@ def announce(seconds, device):
                    "--epochs, --adv-steps, --precision bf16, a smaller --model.", sys.stderr)
 
 
+CHECKPOINTS = ("checkpoint.safetensors", "best.safetensors")                     # while it trains
+FILES = ("config.json", "neighbors.json", "log.jsonl", "metrics.json", "eval.json", "attacks.jsonl", "eval-dev.json",
+         "attacks-dev.jsonl", "model.safetensors", *CHECKPOINTS)
+
+
 def finish(training, task, vocabulary, s, folder):
     """The best epoch's weights, measured once on test, become the run's model. Returns the metrics. Raises InputError
     where they cannot be read, or the model cannot be written."""
     eval.take_tensors(training.parameters, eval.load_tensors(folder / "best.safetensors")[0], folder / "best.safetensors")
     model = training.model.eval()
     victim = eval.Victim(model, vocabulary, s["eval_batch_size"], s["precision"])
-    clean = victim([data.to_text(x.words) for x in task.test]).argmax(-1)
-    hull, _ = eval.hull_attack(victim, task.test, **adversary_settings(s), progress=True)
+    clean, hull, _ = accuracies(victim, task.test, s, progress=True)
     eval.save_tensors(folder / "model.safetensors",
                       {name: p for name, p in training.parameters.items() if not name.startswith("encoder.")})
     with data.replacing(folder / "encoder") as new:
@@ -275,17 +288,12 @@ def finish(training, task, vocabulary, s, folder):
         model.encoder.save_pretrained(new)
         vocabulary.tokenizer.save_pretrained(new)
     metrics = {"method": s["method"], "task": task.name, "seed": s["seed"],
-               "best_epoch": training.progress["best"]["epoch"],
-               "clean": eval.accuracy(clean, task.test), "hull": eval.accuracy(hull, task.test)}
-    write_json(folder / "metrics.json", metrics)
+               "best_epoch": training.progress["best"]["epoch"], "clean": clean, "hull": hull}
+    eval.write_json(folder / "metrics.json", metrics)
     with data.writing(folder):
-        for name in FILES[-2:]:
+        for name in CHECKPOINTS:
             data.remove(folder / name)
     return metrics
-
-
-FILES = ("config.json", "neighbors.json", "log.jsonl", "metrics.json", "eval.json", "attacks.jsonl", "eval-dev.json",
-         "attacks-dev.jsonl", "model.safetensors", "checkpoint.safetensors", "best.safetensors")
 
 
 def open_folder(folder, config, resume, overwrite):
@@ -299,7 +307,7 @@ def open_folder(folder, config, resume, overwrite):
     if there:
         if not resume:
             raise InputError(f"{folder}: holds a run already; --resume goes on with it, --overwrite replaces it, or "
-                             "another --out")
+                             "choose another --out")
         before = eval.read_json(folder / "config.json")
         for part in ("settings", "fingerprints"):
             if not isinstance(before.get(part), dict):
@@ -308,18 +316,19 @@ def open_folder(folder, config, resume, overwrite):
                 then = before[part].get(key)
                 if then != value and key not in ("data_dir", "device", "save_minutes", "eval_batch_size"):
                     raise InputError(f"{folder}: --resume with {key} {value}, but the run has {then}")
-    left = FILES[-2:] if done else () if there else (*FILES, "encoder")
+    left = CHECKPOINTS if done else [] if there else [*FILES, "encoder"]
     with data.writing(folder):
         for path in (*(folder / name for name in left), *folder.glob(".*.tmp")):    # .tmp: it was killed as it wrote
             data.remove(path)
     if not there:
-        write_json(folder / "config.json", config)
+        eval.write_json(folder / "config.json", config)
     return done
 
 
 def run(task, table, s, folder, processes, resume=False, overwrite=False):
     """One method, one seed: trains in `folder` and returns nothing; the results are its files. Raises InputError for
-    settings that do not fit the model, the data or the run that is there, and Stop when stopped."""
+    settings that do not fit the model, the data or the run that is there, and KeyboardInterrupt when
+    stopped."""
     device = processes.device(s["device"])
     if s["model"] == "toy":
         s = s | {"model": str(toy_encoder())}
@@ -331,7 +340,7 @@ def run(task, table, s, folder, processes, resume=False, overwrite=False):
     y = [x.y for x in task.train]
     data.balanced_batches(y, y, s["batch_size"], np.random.default_rng(0))      # refuses what cannot be balanced
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in encoder.parameters()))
-    config = {"settings": s, "labels": task.labels,
+    config = {"settings": s, "labels": task.labels, "parts": len(task.train[0].words),
               "fingerprints": {"data": task.fingerprint, "neighbors": data.table_fingerprint(table),
                                "encoder": digest.hexdigest()},
               "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}}
@@ -356,8 +365,7 @@ def run(task, table, s, folder, processes, resume=False, overwrite=False):
     processes.wait()
 
 
-# ------------------------------------------------------------------------------------------------
-# The toy task's pre-trained encoder
+# ---- The toy task's pre-trained encoder ----------------------------------------------------------
 
 
 def pretrain_toy(folder, steps=1000, batch_size=32, lr=3e-3, masked=0.4):
@@ -404,8 +412,7 @@ def toy_encoder():
     return folder
 
 
-# ------------------------------------------------------------------------------------------------
-# The command line
+# ---- The command line ----------------------------------------------------------------------------
 
 
 def parse(argv):
@@ -415,7 +422,7 @@ def parse(argv):
 
     def flag(name, help, paper=False, **kinds):
         key = name[2:].replace("-", "_")
-        papers = {task: values[key] for task, values in (*PAPER.items(), ("toy", TOY)) if key in values}
+        papers = {task: values[key] for task, values in TASKS.items() if key in values}
         papers = papers or {"": kinds.get("default")}
         shown = "; ".join(f"{task} {' '.join(map(str, v)) if isinstance(v, list) else v}".strip()
                           for task, v in papers.items())
@@ -452,7 +459,7 @@ def parse(argv):
     flag("--eval-batch-size", "texts a forward pass in evaluation", type=positive, default=64, metavar="B")
     flag("--lr", "AdamW's learning rate after the warm-up", type=number(float, 0, low_open=True), metavar="X")
     flag("--schedule", "factors of lr in the first epochs, the last one stays", type=number(float, 0), nargs="+",
-         metavar="F")
+         default=[0.1, 0.55, 1.0], paper=True, metavar="F")
     flag("--weight-decay", "AdamW's, on head and projections; the encoder has none", type=number(float, 0),
          default=2e-4, paper=True, metavar="X")
     flag("--adam-eps", "AdamW's epsilon", type=number(float, 0, low_open=True), default=1e-6,
@@ -461,7 +468,8 @@ def parse(argv):
     flag("--beta", "weight of the KL term, in nats", type=number(float, 0), metavar="X")
     flag("--tau", "temperature of L_info's score", type=number(float, 0, low_open=True), default=0.2, paper=True,
          metavar="X")
-    flag("--adv-steps", "steps of the adversary's search in the hull; 0: noise only", type=number(int, 0), metavar="N")
+    flag("--adv-steps", "steps of the adversary's search in the hull; 0: noise only", type=number(int, 0), default=10,
+         paper=True, metavar="N")
     flag("--adv-lr", "learning rate of the adversary's Adam", type=number(float, 0), default=1.0, paper=True,
          metavar="X")
     flag("--adv-weight-decay", "of the adversary's Adam", type=number(float, 0), default=2e-5, paper=True, metavar="X")
@@ -479,11 +487,11 @@ def parse(argv):
     flag("--save-minutes", "minutes between checkpoints within an epoch", type=number(float, 0), default=10.0,
          metavar="M")
     args = p.parse_args(argv)
-    if args.task not in ("toy", *PAPER) and not Path(args.task).is_dir():
+    if args.task not in TASKS and not Path(args.task).is_dir():
         raise InputError(f"--task {args.task}: has to be toy, imdb, snli, or a folder with train.tsv and test.tsv")
     if args.task == "toy" and args.model not in (None, "toy"):
         raise InputError(f"--model {args.model}: the toy task has its own, pre-trained on its own words")
-    for key, value in (TOY if args.task == "toy" else PAPER.get(args.task, PAPER["imdb"])).items():
+    for key, value in TASKS.get(args.task, TASKS["imdb"]).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.method, args.seeds = list(dict.fromkeys(args.method)), list(dict.fromkeys(args.seeds))
@@ -500,8 +508,6 @@ def parse(argv):
 def main(argv=None):
     """train.py's command line. Exits with 130 when stopped by Ctrl-C; --resume goes on."""
     args, settings = parse(argv)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     processes = Processes()
     task = eval.open_task(settings)
     table = eval.open_table(settings, task)
@@ -512,11 +518,12 @@ def main(argv=None):
             try:
                 run(task, table, settings | {"method": method, "seed": seed}, folders[-1], processes, args.resume,
                     args.overwrite)
-            except (Stop, KeyboardInterrupt):
-                print(f"\n{folders[-1]}: stopped; the same command with --resume goes on", file=sys.stderr)
-                raise SystemExit(130) from None
+            except KeyboardInterrupt:
+                again = shlex.join([*(word for word in argv if word not in ("--overwrite", "--resume")), "--resume"])
+                raise KeyboardInterrupt(f"{folders[-1]} goes on with: python train.py {again}") from None
     if args.task == "toy":
-        eval.main([*map(str, folders), "--attacks", "pwws", "genetic", "--population", "20", "--generations", "10",
+        device = ["--device", args.device] if args.device else []
+        eval.main([*map(str, folders), *device, "--attacks", "pwws", "genetic", "--population", "20", "--generations", "10",
                    "--num-examples", str(min(len(task.test), 200)), "--show", "1"])
 
 

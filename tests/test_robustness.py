@@ -224,7 +224,7 @@ def checkpoint(change):
         with pytest.MonkeyPatch.context() as patch:
             real = train.train_step
             patch.setattr(train, "train_step", lambda training, *args: real(training, *args) if
-                          training.progress["step"] == 0 else (_ for _ in ()).throw(train.Stop))
+                          training.progress["step"] == 0 else (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(SystemExit):
                 train.main([*TRAIN, *SMALL, "--method", "standard"])
         path = Path(RUN, "checkpoint.safetensors")
@@ -826,4 +826,4 @@ def test_more_processes_than_texts_of_a_class_are_refused(here, capsys, monkeypa
     with pytest.raises(SystemExit) as stop:
         train.main([*TRAIN, *SMALL, "--out", "many"])
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "--batch-size 8: 8 processes need at least one text of each of 2 classes" in said
+    assert stop.value.code == 2 and "--batch-size 8: too small for 2 classes on 8 processes: each needs one text of every class" in said

@@ -159,7 +159,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(plain_words, bert, tmp_path, m
     def interrupted(training, *args):
         if left and training.progress["step"] == left[0]:
             left.pop(0)
-            raise train.Stop
+            raise KeyboardInterrupt
         return real(training, *args)
 
     monkeypatch.setattr(train, "train_step", interrupted)
@@ -268,7 +268,7 @@ DAMAGE = [
 def test_a_damaged_checkpoint_is_refused_by_name(plain_words, bert, tmp_path, capsys, monkeypatch, damage):
     task = write_task(tmp_path / "task")
     real = train.train_step
-    monkeypatch.setattr(train, "train_step", lambda *args: (_ for _ in ()).throw(train.Stop))
+    monkeypatch.setattr(train, "train_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(SystemExit):
         train.main(arguments(task, bert, tmp_path / "runs"))
     monkeypatch.setattr(train, "train_step", real)
