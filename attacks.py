@@ -139,7 +139,7 @@ class Result:
 
 
 @dataclass
-class Task:
+class Running:
     """An example under attack."""
     premise: list  # [premise] of a pair, [] of a single text
     memory: dict   # every answer so far: key of a text -> (C,) probabilities
@@ -179,7 +179,7 @@ def attack(victim, examples, method, synonyms, *, seed=0, batch_size=64, in_flig
                 *premise, changeable = [text] if isinstance(text, str) else text
                 words, memory = tuple(changeable.split(" ")) if changeable else (), {}
                 steps = attack_one(index, premise, words, y, method, synonyms, seed, name, memory)
-                running.append(Task(premise, memory, steps, wanted=next(steps)))
+                running.append(Running(premise, memory, steps, wanted=next(steps)))
             if not running:
                 return
             unfinished = []

@@ -766,7 +766,7 @@ STYLES = {"clean": ("black", "o"), "robust": ("#D55E00", "s"), "standard": ("bla
           "rift": ("#D55E00", "^")}
 
 
-def means(rows, by, name):
+def mean_and_range(rows, by, name):
     """The mean of rows[..][name] for each value of rows[..][by], with the range over seeds; a single run's accuracy on
     num_examples texts has its Wilson interval. Returns values (V,), means (V,), errors (2, V) for matplotlib's errorbar."""
     values, points = sorted({row[by] for row in rows}), []
@@ -825,14 +825,14 @@ def plot(folders, path, attack=None, split="test"):
         ax.errorbar(x, y, y_error, x_error, color=colour, marker=marker, capsize=3, lw=1.2, ms=5, label=label)
 
     def over_alpha(ax):
-        curve(ax, "clean", "clean", *means(of(runs, "adv", "rift"), "alpha", "clean"))
-        curve(ax, "robust", attack, *means(of(runs, "adv", "rift"), "alpha", attack))
+        curve(ax, "clean", "clean", *mean_and_range(of(runs, "adv", "rift"), "alpha", "clean"))
+        curve(ax, "robust", attack, *mean_and_range(of(runs, "adv", "rift"), "alpha", attack))
         ax.set(xlabel="alpha, weight of L_info (0: adv)", ylabel="accuracy (share of texts)")
 
     def trade_off(ax):
         for method in sorted({run["method"] for run in of(runs, "adv", "rift")}):
-            betas, x, x_error = means(of(runs, method), "beta", attack)
-            _, y, y_error = means(of(runs, method), "beta", "clean")
+            betas, x, x_error = mean_and_range(of(runs, method), "beta", attack)
+            _, y, y_error = mean_and_range(of(runs, method), "beta", "clean")
             curve(ax, method, method, x, y, y_error, x_error)
             for beta, *at in zip(betas, x, y):
                 below = method == "adv"                                          # the two curves lie close together
@@ -843,7 +843,7 @@ def plot(folders, path, attack=None, split="test"):
 
     def forgetting(ax, name, label):
         for method in sorted({run["method"] for run in runs}):
-            curve(ax, method, method, *means(of(epochs, method), "epoch", name))
+            curve(ax, method, method, *mean_and_range(of(epochs, method), "epoch", name))
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set(xlabel="epoch", ylabel=label)
 

@@ -529,8 +529,8 @@ def test_plot_can_follow_attacks(run, tmp_path):
 def test_dev_figures_show_the_best_epoch_of_the_log(run, monkeypatch, tmp_path):
     """--split dev draws what the epoch was chosen by, never the test split's accuracy."""
     pytest.importorskip("matplotlib")
-    drawn, means = [], eval.means
-    monkeypatch.setattr(eval, "means", lambda rows, by, name: drawn.extend(rows) or means(rows, by, name))
+    drawn, mean_and_range = [], eval.mean_and_range
+    monkeypatch.setattr(eval, "mean_and_range", lambda rows, by, name: drawn.extend(rows) or mean_and_range(rows, by, name))
     other = shutil.copytree(run, run.parent / "other")
     change(other, alpha=0.9)
     evaluate(run, other, "--split", "dev", "--plot", tmp_path / "figure.png")

@@ -14,7 +14,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 NAMES = sorted({name for name in re.findall(r"`((?:rift|attacks|data|train|eval)\.[\w.]+)(?:\([^`]*\))?`", README)
                 if not re.search(r"\.(py|jsonl?|tsv)$", name)})
 EXAMPLES = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "from_pretrained" not in code]
-COMMANDS = [line.strip().split("#")[0] for line in README.splitlines() if line.startswith("    python ")]
+COMMANDS = [line.strip().split("#")[0] for line in README.replace("\\\n", " ").splitlines()    # joined where a \ breaks them
+            if line.startswith("    python ")]
 
 
 @pytest.mark.parametrize("name", NAMES)
