@@ -3,7 +3,7 @@
 A text is a tuple of lower-case words; joined by single spaces it is a string, and nobody tokenizes it a second time.
 A substitution table maps a word to a list of words. `Vocabulary` gives every word one token, and every position its
 candidate tokens (the adversary's hull). `balanced_batches` draws every class equally often, because the loss compares
-examples of one class.
+examples of one class. The last hundred lines are a data set themselves: the toy task's grammar.
 """
 import functools
 import hashlib

@@ -366,6 +366,10 @@ SETTINGS = ({"labels": list, "fingerprints": dict}
             | dict.fromkeys(("train_size", "dev_size", "test_size"), (int, type(None))))
 
 
+# What may differ between two runs that are the same but for the seed.
+INCIDENTAL = ("data_dir", "device", "save_minutes", "eval_batch_size")
+
+
 def settings_of(folder):
     """A run's settings, from its config.json; InputError where they, or the rest of it, are not all there."""
     path = Path(folder) / "config.json"
@@ -584,7 +588,7 @@ def evaluate(folder, victim, plan, args, processes):
     What attacks.jsonl already holds of the same settings is not attacked again; what is left is shared out among the
     processes, and the first of them writes the files. Raises InputError if its settings differ, and ValueError if the
     victim's probabilities are none.
-    Returns {"name", "method", "labels", "robust": {"clean" or attack: (N,) bool}, "lines": {attack: [dict]}, "settings":
+    Returns {"name", "run": its settings, "labels", "robust": {"clean" or attack: (N,) bool}, "lines": {attack: [dict]}, "settings":
     {attack: dict}}.
     """
     suffix = "" if args.split == "test" else f"-{args.split}"
@@ -613,7 +617,7 @@ def evaluate(folder, victim, plan, args, processes):
     clean = P.argmax(1) == [x.y for x in plan.chosen.values()]
     attacked = [i for i, correct in zip(texts, clean) if correct]
     record["clean"] = float(clean.mean())
-    found = {"name": str(folder), "method": s["method"], "labels": plan.task.labels, "robust": {"clean": clean},
+    found = {"name": str(folder), "run": s, "labels": plan.task.labels, "robust": {"clean": clean},
              "lines": {}, "settings": settings}
     save()
     for name in args.attacks:
@@ -692,6 +696,24 @@ def scores(runs, name):
     return np.stack([run["robust"][name] for run in runs])
 
 
+def by_settings(runs):
+    """{name: the runs that differ in nothing but the seed}: the method's name, with what sets it apart from other runs
+    of that method. runs: what evaluate returned, "run" being a run's settings."""
+    kinds = []
+    for run in runs:
+        s = {key: value for key, value in run["run"].items() if key not in ("seed", *INCIDENTAL)}
+        same = next((others for settings, others in kinds if settings == s), None)
+        if same is None:
+            kinds.append((s, same := []))
+        same.append(run)
+    named = {}
+    for s, same in kinds:
+        others = [other for other, _ in kinds if other["method"] == s["method"]]
+        apart = [f"{key} {value}" for key, value in s.items() if any(other.get(key) != value for other in others)]
+        named[" ".join([s["method"], *apart])] = same
+    return named
+
+
 def seeds_table(methods, names):
     """The same over seeds: a row a method, mean and standard deviation over its runs (of a single one its figure).
     methods: {method: its runs}. Returns rows of cells."""
@@ -738,9 +760,7 @@ def report(groups, args):
          "changed where\nthe attack succeeded; queries: mean number of texts asked, an attacked example\n",
          comparison_table(found, args.attacks))
     for first, *others in groups:
-        methods = {}
-        for run in (first, *others):
-            methods.setdefault(run["method"], []).append(run)
+        methods = by_settings([first, *others])
         if len(methods) <= len(others):                  # some method has several runs
             show("Mean and standard deviation over runs:", seeds_table(methods, args.attacks))
             pairs = [(f"{b} - {a}", methods[b], methods[a]) for a, b in itertools.combinations(methods, 2)]

@@ -314,7 +314,7 @@ def open_folder(folder, config, resume, overwrite):
                 raise InputError(f"{folder / 'config.json'}: has no {part}, as train.py writes them")
             for key, value in config[part].items():
                 then = before[part].get(key)
-                if then != value and key not in ("data_dir", "device", "save_minutes", "eval_batch_size"):
+                if then != value and key not in eval.INCIDENTAL:
                     raise InputError(f"{folder}: --resume with {key} {value}, but the run has {then}")
     left = CHECKPOINTS if done else [] if there else [*FILES, "encoder"]
     with data.writing(folder):

@@ -758,6 +758,16 @@ def test_seeds_are_averaged_by_method():
         ["rift", "1", "0.500", "0.500"]]                                         # one run has no spread
 
 
+def test_runs_are_averaged_over_seeds_only():
+    """Runs of one method with another alpha stand apart, and the name says so; where data lie sets nothing apart."""
+    def run(**settings):
+        return {"run": settings}
+
+    runs = [run(method="adv", alpha=0.1, seed=0, data_dir="a"), run(method="adv", alpha=0.1, seed=1, data_dir="b"),
+            run(method="rift", alpha=0.1, seed=0, data_dir="a"), run(method="rift", alpha=0.5, seed=0, data_dir="a")]
+    assert eval.by_settings(runs) == {"adv": runs[:2], "rift alpha 0.1": [runs[2]], "rift alpha 0.5": [runs[3]]}
+
+
 def test_differences_of_methods_are_as_uncertain_as_runs_and_texts():
     """0.75 - 0.25 of two runs each is 0.5; runs that agree leave the texts' uncertainty, runs that differ widen it."""
     rng = np.random.default_rng(0)
