@@ -5,8 +5,10 @@ the same predictions. Two runs with one seed are equal bit for bit; a run that w
 that was not. The epoch is chosen on dev. Bad input is one line and exit code 2, and writes nothing.
 """
 import json
+import os
 import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -171,6 +173,24 @@ def test_a_stopped_run_ends_like_one_that_was_not(plain_words, bert, tmp_path, m
     whole, parts = tmp_path / "whole" / method, tmp_path / "parts" / method
     assert same_weights(whole, parts) and log_of(whole) == log_of(parts)
     assert (whole / "metrics.json").read_text() == (parts / "metrics.json").read_text()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_epoch_is_heard(plain_words, bert, tmp_path, monkeypatch, capsys, signum):
+    """Ctrl-C while dev is measured after the last step: the run stops before it is finished, says how to go on, and the
+    next method does not start; gone on with, it ends."""
+    task, real = write_task(tmp_path / "task"), train.accuracies
+    command = arguments(task, bert, tmp_path / "runs", "--epochs", 1, "--method", "standard", "adv")
+    monkeypatch.setattr(train, "accuracies", lambda *args, **how: os.kill(os.getpid(), signum) or real(*args, **how))
+    with pytest.raises(SystemExit) as stop:
+        train.main([*command, "--overwrite"])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 130 and said.endswith("--resume") and "--overwrite" not in said
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["standard"]
+    assert not (tmp_path / "runs" / "standard" / "metrics.json").exists()
+    monkeypatch.setattr(train, "accuracies", real)
+    train.main([*command, "--resume"])
+    assert (tmp_path / "runs" / "adv" / "metrics.json").exists()
 
 
 def test_several_methods_and_seeds_see_the_same_texts(plain_words, bert, tmp_path):
