@@ -460,7 +460,7 @@ def step_memory(bench, which, batch_size):
     else:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) / 1024
-    while batch_size > 4 and four / 4 * batch_size > 0.8 * free:             # the rest is for others on the machine
+    while batch_size > 4 and four / 4 * batch_size > 0.9 * free:             # the rest is for others on the machine
         batch_size //= 2
     return batch_size, peak_memory(bench, step, batch_size)
 
