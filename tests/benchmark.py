@@ -585,10 +585,13 @@ def processor(device):
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+PARTS = ["memory", "train", "clean", "attacks"]
+
+
 def parse(argv):
     p = argparse.ArgumentParser(prog="python -m tests.benchmark", description=__doc__.partition("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("parts", nargs="*", metavar="PART", help="train (with memory), clean, attacks; default: all of them")
+    p.add_argument("parts", nargs="*", metavar="PART", help="memory, train, clean, attacks; default: all of them")
     p.add_argument("--model", metavar="DIR", help="an encoder, such as MiniLM (default: small and random)")
     p.add_argument("--data-dir", type=Path, metavar="DIR", help="IMDB, SNLI, NLTK data and "
                    "counterfitted_neighbors.json (default: random words)")
@@ -603,9 +606,9 @@ def parse(argv):
     p.add_argument("--verbose", action="store_true", help="print every loss that is compared")
     p.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)                             # the subprocess of memory()
     args = p.parse_args(argv)
-    if unknown := set(args.parts) - {"train", "clean", "attacks"}:
-        p.error(f"{', '.join(sorted(unknown))}: has to be train, clean or attacks")
-    args.parts, args.argv = args.parts or ["train", "clean", "attacks"], argv
+    if unknown := set(args.parts) - set(PARTS):
+        p.error(f"{', '.join(sorted(unknown))}: has to be one of {', '.join(PARTS)}")
+    args.parts, args.argv = args.parts or PARTS, argv
     return args
 
 
@@ -623,8 +626,10 @@ def main(argv):
         if not given:
             print(f"{note}; the ratios are of a toy size")
     rows = {}
+    if "memory" in args.parts:              # first: what this process holds is missing there
+        rows |= memory(bench)
     if "train" in args.parts:
-        rows |= training(bench, "imdb") | training(bench, "snli") | memory(bench)
+        rows |= training(bench, "imdb") | training(bench, "snli")
     if "clean" in args.parts:
         rows |= clean(bench)
     if "attacks" in args.parts:
