@@ -655,7 +655,7 @@ TOY_OTHERS = {slot: [concept.split() for concept in concepts.split("|")] for slo
 TOY_CLAUSES = ["the {noun} was {adverb} {adjective}", "{adverb} {adjective} {noun}"]
 TOY_OPINION = "{people} {verb} the {description} {noun}"
 TOY_SEEN = 5  # of the aspects, how many labelled texts speak of
-TOY_DRAW = 1  # of four draws of the texts, the one that was chosen, as all of this grammar was, to show the mechanism
+TOY_DRAW = 1  # of three draws of the texts, the one that was chosen, as all of this grammar was, to show the mechanism
 
 
 def toy_review(rng, y, lean=0.0, labelled=False):
