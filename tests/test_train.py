@@ -1,8 +1,9 @@
 """Training, from a command line to a run's folder (train.py).
 
 Every method trains BERT and RoBERTa on texts and on pairs, two classes and three, and leaves a run that loads again to
-the same predictions. Two runs with one seed are equal bit for bit; a run that was stopped at any step ends like the one
-that was not. The epoch is chosen on dev. Bad input is one line and exit code 2, and writes nothing.
+the same predictions. A step has the losses and gradients of the plain formulation. Two runs with one seed are equal bit
+for bit; a run that was stopped at any step ends like the one that was not. The epoch is chosen on dev. Bad input is one
+line and exit code 2, and writes nothing.
 """
 import json
 import os
@@ -20,6 +21,7 @@ import data
 import eval
 import rift
 import train
+from tests import benchmark
 from tests.conftest import save_model, write_task
 
 SMALL = ["--epochs", "2", "--batch-size", "8", "--max-len", "16", "--adv-steps", "2", "--lr", "1e-3", "--device", "cpu"]
@@ -139,6 +141,16 @@ def test_gradients_of_slices_add_up(plain_words, bert, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ repeatable
+
+
+@pytest.mark.parametrize("name", ["imdb", "snli"])
+def test_a_step_is_the_plain_formulations(name):
+    """All that makes a step fast is exact: losses and gradients are those of the benchmark's baseline, which is written
+    line by line as the paper has it, step by step in float32, and in float64 to a millionth of the benchmark's tolerances."""
+    args = benchmark.parse(["train", "--batches", "1", "--batch-size", "6", "--adv-steps", "2", "--device", "cpu"])
+    bench = benchmark.Bench(args)
+    bench.table = {word: others[:i % 9] for i, (word, others) in enumerate(bench.table.items())}     # from none to eight
+    assert benchmark.training(bench, name)[f"train/{name}/fp32"]["agrees"]
 
 
 def test_one_seed_one_result(plain_words, bert, tmp_path):
