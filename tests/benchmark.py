@@ -15,18 +15,14 @@ ours has that too, but in bf16 on CPUs (eval.attention_for). What the baseline d
 - `plain_attack`: one query at a time, padded likewise, nothing remembered: PWWS scores the original again for each
   candidate, genetic its base member for each perturbation. The attacks themselves are this project's generators.
 
-"agrees" means, with dropout off, on the very batches that are timed: every loss term to 1e-4 and every parameter's
-gradient to 1e-3, relative, in norm (floor: 1e-6 of the whole gradient's norm, because some are true zeros, such as a key's
-bias, that rounding fills); probabilities to 1e-4; the same adversarial texts. In bf16, against the same fp32 results: the
-loss to 2%, verdicts on 90% of the examples. A training step is checked twice in fp32's row:
-
-- in float32 with every step of our search starting from the v where the baseline's stands: the gradient of each step to
-  1e-3, and the losses and gradients at its end;
-- in float64, each side searching by itself from one v, the whole step to a millionth of these tolerances.
-
-"free" is the search of each side by itself in float32. It can say NO where nothing is wrong: Adam's first steps are nearly the
-sign of a gradient, so an entry of v whose gradient is almost 0 goes either way on rounding alone, and ten steps
-magnify that. --verbose prints how far the baseline is from itself when only its attention kernel is another.
+"agrees" means, in fp32, with dropout off and one start v on the very batches that are timed: every loss term to 1e-4
+and every parameter's gradient to 1e-3, relative, in norm (floor: 1e-6 of the whole gradient's norm, because some are
+true zeros, such as a key's bias, that rounding fills); probabilities to 1e-4; the same adversarial texts. In bf16,
+against the same fp32 results: the loss to 2%, verdicts on 90% of the examples. Three more columns say where a NO in fp32
+comes from. "by step": the same check when every step of our search starts from the v where the baseline's stands, and its
+gradient to 1e-3 there. "float64": the check of "agrees" with both sides in float64, to a millionth of its tolerances.
+"itself": the check of "agrees" between the baseline and the baseline with plain attention. In fp32 a search magnifies
+rounding without bound: Adam's first steps are nearly the sign of a gradient, and where that is almost 0 they go either way.
 
 Without --data-dir the texts are random words, without --model the encoder is small and random: the command runs
 anywhere, but its ratios are then of a toy size.
@@ -40,6 +36,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -344,101 +341,118 @@ def search_steps(follow=()):
         yield kept
 
 
+class Steps:
+    """The baseline's training step and ours, on batches of one task, with the same weights."""
+
+    def __init__(self, bench, name):
+        self.name, self.device, self.task, self.s = name, bench.device, bench.task(name), bench.settings(name)
+        self.model, self.vocabulary = bench.model(name)
+        self.texts = [self.vocabulary.visible(x.words) for x in self.task.train]
+        self.y = np.array([x.y for x in self.task.train])
+        self.lengths = [sum(map(len, words)) for words in self.texts]
+        self.adamw = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=0.0,
+                                       eps=self.s["adam_eps"])
+        self.state = {p: train.Training(self.model, self.s, train.Processes()) for p in ("fp32", "bf16")}
+        self.T = {}                                                     # {precision: {text: the teacher's features}}
+
+    def run_teacher(self, p, rows):
+        """The teacher's features of texts, once for all epochs -> the seconds that it took."""
+        attend(self.model, eval.attention_for(self.device, p))
+        start = time.perf_counter()
+        victim = eval.Victim(self.model, self.vocabulary, precision=p)
+        T = victim.features([self.texts[i] for i in rows], self.model.teacher)
+        self.T[p] = dict(zip(rows, T.cpu()))                            # .cpu() also waits for a GPU
+        return time.perf_counter() - start
+
+    def start(self, rows):
+        """Where both searches of a batch start: v (B, L, K), padded as the baseline pads."""
+        return rift.noise(torch.empty(len(rows), self.vocabulary.max_len, self.vocabulary.max_candidates,
+                                      device=self.device), self.vocabulary.max_len, torch.Generator().manual_seed(int(rows[0])))
+
+    def labels(self, rows):
+        return torch.tensor(self.y[rows], device=self.device)
+
+    def plain(self, rows, v, attention="sdpa"):
+        """The baseline's step -> {loss term: float}."""
+        attend(self.model, attention)
+        batch = plain_batch(self.vocabulary, [self.texts[i] for i in rows])
+        batch = {k: tensor.to(self.device) for k, tensor in batch.items()}
+        return plain_step(self.model, self.adamw, **batch, y=self.labels(rows), v=v, s=self.s)
+
+    def ours(self, rows, v, p):
+        """Our step in fp32 or bf16 -> {loss term: float}."""
+        batch = self.vocabulary.encode([self.texts[i] for i in rows], hull=True)
+        batch = {k: tensor.to(self.device) for k, tensor in batch.items()}
+        T = torch.stack([self.T[p][i] for i in rows]).to(self.device)
+        attend(self.model, eval.attention_for(self.device, p))
+        with mock.patch.object(rift, "noise", lambda subs, max_len: padded(v, subs.shape)):
+            return train.train_step(self.state[p], batch, self.labels(rows), T, self.s | {"precision": p})
+
+    def result(self, terms):
+        """A step's loss terms, with the gradients that it has left."""
+        return terms, {k: p.grad.clone() for k, p in self.model.named_parameters() if p.grad is not None}
+
+
+def share(found, expected):
+    """The worst difference of two Steps.result as a share of the tolerance -> (share, of what)."""
+    whole = torch.stack([tensor.norm() for tensor in expected[1].values()]).norm().item()
+    return max(worst(found[0], expected[0], 1e-4, 1e-6), worst(found[1], expected[1], 1e-3, 1e-6 * whole))
+
+
+def checks(steps, rows):
+    """Our step against the baseline's on one batch -> {check: (share of the tolerance, of what)}; float64's tolerance is a
+    millionth of the others'."""
+    v = steps.start(rows)
+    with search_steps() as searched:
+        expected = steps.result(steps.plain(rows, v))
+    free = steps.vocabulary.encode([steps.texts[i] for i in rows], hull=True)["subs_mask"].to(steps.device)   # (B, L, K)
+    _, L, K = free.shape
+    free = free.sum(-1) > 1                                                                  # (B, L)
+    guide = [(dv[:, :L, :K][free], at[:, :L, :K][free]) for dv, at in searched]              # (P, K) each
+    bf16 = steps.ours(rows, v, "bf16")
+    out = {"bf16": worst({"loss": bf16["loss"]}, {"loss": expected[0]["loss"]}, 0.02, 0.0),
+           "fp32": share(steps.result(steps.ours(rows, v, "fp32")), expected)}
+    with search_steps(guide) as followed:
+        found = steps.result(steps.ours(rows, v, "fp32"))
+    dv, dv_expected = ({str(i): dv for i, (dv, _) in enumerate(x)} for x in (followed, guide))
+    out["by step"] = max(share(found, expected), worst(dv, dv_expected, 1e-3, 0.0))
+    out["baseline against itself"] = share(steps.result(steps.plain(rows, v, "eager")), expected)
+    with float64(steps.model, steps.adamw, steps.state["fp32"].adamw), mock.patch.dict(steps.T):
+        steps.run_teacher("fp32", rows)
+        expected = steps.result(steps.plain(rows, v.double()))
+        part, what = share(steps.result(steps.ours(rows, v.double(), "fp32")), expected)
+    return out | {"float64": (1e6 * part, what)}
+
+
 def training(bench, name):
     """A training step in the shape of a task, ours in fp32 and in bf16 -> {name: row}."""
-    model, vocabulary = bench.model(name)
-    s, task = bench.settings(name), bench.task(name)
-    texts = [vocabulary.visible(x.words) for x in task.train]
-    y = np.array([x.y for x in task.train])
-    lengths = [sum(map(len, words)) for words in texts]
-    epoch = data.balanced_batches(y, lengths, bench.args.batch_size or BATCH[name], np.random.default_rng(0))
-    epoch.sort(key=lambda rows: max(lengths[i] for i in rows))
+    steps = Steps(bench, name)
+    size = bench.args.batch_size or BATCH[name]
+    epoch = data.balanced_batches(steps.y, steps.lengths, size, np.random.default_rng(0))
+    epoch.sort(key=lambda rows: max(steps.lengths[i] for i in rows))
     n = bench.args.batches                                              # steps timed, spread evenly over the lengths
     chosen = [epoch[int((i + 0.5) * len(epoch) / n)] for i in range(n)]
-
-    trainings = {p: (train.Training(model, s, train.Processes()), s | {"precision": p}) for p in ("fp32", "bf16")}
-    adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, eps=s["adam_eps"])
-    spent, teacher = dict.fromkeys(("plain", "fp32", "bf16"), 0.0), {}
-    agrees = dict.fromkeys(["bf16", "free", "by step", "float64"], True)
-    used = [i for rows in chosen for i in rows]
-
-    def run_teacher(p):
-        attend(model, eval.attention_for(bench.device, p))
-        t, T = bench.seconds(eval.Victim(model, vocabulary, precision=p).features, [texts[i] for i in used], model.teacher)
-        teacher[p] = dict(zip(used, T))
-        return t
-
-    for p in trainings:
-        run_teacher(p)                                                                       # warm-up
-        spent[p] += run_teacher(p) / EPOCHS
-
-    def plain(rows, v, attention="sdpa"):
-        attend(model, attention)
-        batch = {k: tensor.to(bench.device) for k, tensor in plain_batch(vocabulary, [texts[i] for i in rows]).items()}
-        return plain_step(model, adamw, **batch, y=torch.tensor(y[rows], device=bench.device), v=v, s=s)
-
-    def ours(rows, v, precision):
-        batch = vocabulary.encode([texts[i] for i in rows], hull=True)
-        batch = {k: tensor.to(bench.device) for k, tensor in batch.items()}
-        state, settings = trainings[precision]
-        attend(model, eval.attention_for(bench.device, precision))
-        with mock.patch.object(rift, "noise", lambda subs, max_len: padded(v, subs.shape)):
-            return train.train_step(state, batch, torch.tensor(y[rows], device=bench.device),
-                                    torch.stack([teacher[precision][i] for i in rows]), settings)
-
-    def gradients():
-        return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
-
-    def start(rows):
-        return rift.noise(torch.empty(len(rows), vocabulary.max_len, vocabulary.max_candidates, device=bench.device),
-                          vocabulary.max_len, torch.Generator().manual_seed(int(rows[0])))
-
-    model.train()
+    spent, used = Counter(), [i for rows in chosen for i in rows]
+    for p in steps.state:
+        steps.run_teacher(p, used)                                                           # warm-up
+        spent[p] += steps.run_teacher(p, used) / EPOCHS
+    steps.model.train()
     for k, rows in enumerate(tqdm([chosen[0], *chosen], f"train/{name}: timed", leave=False)):
-        for p, step in (("plain", plain), ("fp32", ours), ("bf16", ours)):
-            t, _ = bench.seconds(step, rows, start(rows), *[p][p == "plain":])
+        for p, step in (("plain", steps.plain), ("fp32", steps.ours), ("bf16", steps.ours)):
+            t, _ = bench.seconds(step, rows, steps.start(rows), *[p][p == "plain":])
             spent[p] += t if k else 0.0                                                      # the first is the warm-up
-    model.eval()
-
-    def compare(p, expected, g_expected, terms):
-        """Our terms, and the gradients that are there now, against the baseline's -> (share of the tolerance, of what)."""
-        if p == "bf16":
-            return worst({"loss": terms["loss"]}, {"loss": expected["loss"]}, 0.02, 0.0)
-        whole = torch.stack([tensor.norm() for tensor in g_expected.values()]).norm().item()
-        return max(worst(terms, expected, 1e-4, 1e-6), worst(gradients(), g_expected, 1e-3, 1e-6 * whole))
-
-    def judge(rows, how, share):
-        """Keeps whether that share of the tolerance is allowed; a check of no name in `agrees` is only told of."""
-        agrees[how] = agrees.get(how, True) and share[0] <= (1e-6 if how == "float64" else 1)
-        if bench.args.verbose:
-            tqdm.write(f"train/{name}, up to {max(lengths[i] for i in rows)} words, {how}: {share[0]:.2g} of the tolerance in "
-                       f"{share[1]}", sys.stderr)
-
+    steps.model.eval()
+    passed = {}
     for rows in tqdm(chosen, f"train/{name}: compared", leave=False):
-        v = start(rows)
-        with search_steps() as expected_steps:
-            expected = plain(rows, v), gradients()
-        free = vocabulary.encode([texts[i] for i in rows], hull=True)["subs_mask"].to(bench.device)      # (B, L, K)
-        _, L, K = free.shape
-        free = free.sum(-1) > 1                                                              # (B, L)
-        guide = [(dv[:, :L, :K][free], at[:, :L, :K][free]) for dv, at in expected_steps]    # (P, K) each
-        judge(rows, "bf16", compare("bf16", *expected, ours(rows, v, "bf16")))
-        judge(rows, "free", compare("fp32", *expected, ours(rows, v, "fp32")))
-        with search_steps(guide) as steps:
-            share = compare("fp32", *expected, ours(rows, v, "fp32"))
-        dv, dv_expected = ({str(i): dv for i, (dv, _) in enumerate(x)} for x in (steps, guide))
-        judge(rows, "by step", max(share, worst(dv, dv_expected, 1e-3, 0.0)))
-        if bench.args.verbose:
-            judge(rows, "baseline against itself", compare("fp32", *expected, plain(rows, v, "eager")))
-        with float64(model, adamw, trainings["fp32"][0].adamw):
-            run_teacher("fp32")
-            expected = plain(rows, v.double()), gradients()
-            judge(rows, "float64", compare("fp32", *expected, ours(rows, v.double(), "fp32")))
-        run_teacher("fp32")
-    model.zero_grad()
-    return {f"train/{name}/fp32": row(spent["plain"], spent["fp32"], agrees["by step"] and agrees["float64"],
-                                      free=agrees["free"]),
-            f"train/{name}/bf16": row(spent["plain"], spent["bf16"], agrees["bf16"])}
+        for check, (part, what) in checks(steps, rows).items():
+            passed[check] = passed.get(check, True) and part <= 1
+            if bench.args.verbose:
+                tqdm.write(f"train/{name}, up to {max(steps.lengths[i] for i in rows)} words, {check}: {part:.2g} of the "
+                           f"tolerance in {what}", sys.stderr)
+    steps.model.zero_grad()
+    more = {check.replace(" ", "_"): passed[check] for check in ("by step", "float64", "baseline against itself")}
+    return {f"train/{name}/fp32": row(spent["plain"], spent["fp32"], passed["fp32"], **more),
+            f"train/{name}/bf16": row(spent["plain"], spent["bf16"], passed["bf16"])}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -671,12 +685,12 @@ def main(argv):
     if "attacks" in args.parts:
         rows |= attacked(bench)
     shown = {True: "yes", False: "NO", None: ""}
-    print(f"\n{'':20}{'ratio':>8}{'baseline':>12}{'ours':>12}   agrees  free")
+    print(f"\n{'':20}{'ratio':>8}{'baseline':>12}{'ours':>12}   agrees  by step  float64  itself")
     for name, r in rows.items():
         before, after = (f"{r[key + '_s']:.2f} s" if key + "_s" in r else f"{r[key + '_mib']:.0f} MiB"
                          for key in ("baseline", "ours"))
-        print(f"{name:20}{r['ratio']:7.2f}x{before:>12}{after:>12}   {shown[r.get('agrees')]:8}{shown[r.get('free')]}"
-              .rstrip())
+        print(f"{name:20}{r['ratio']:7.2f}x{before:>12}{after:>12}   {shown[r.get('agrees')]:8}"
+              f"{shown[r.get('by_step')]:9}{shown[r.get('float64')]:9}{shown[r.get('baseline_against_itself')]}".rstrip())
     if args.scaling:
         grown = scaling(bench)
         print(f"\nseconds a step, at {', '.join(f'{what} {value}' for what, value in BASE.items())} but for:\n"
