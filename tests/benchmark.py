@@ -345,10 +345,10 @@ class Steps:
     """The baseline's training step and ours, on batches of one task, with the same weights."""
 
     def __init__(self, bench, name):
-        self.name, self.device, self.task, self.s = name, bench.device, bench.task(name), bench.settings(name)
+        self.device, self.s, examples = bench.device, bench.settings(name), bench.task(name).train
         self.model, self.vocabulary = bench.model(name)
-        self.texts = [self.vocabulary.visible(x.words) for x in self.task.train]
-        self.y = np.array([x.y for x in self.task.train])
+        self.texts = [self.vocabulary.visible(x.words) for x in examples]
+        self.y = np.array([x.y for x in examples])
         self.lengths = [sum(map(len, words)) for words in self.texts]
         self.adamw = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=0.0,
                                        eps=self.s["adam_eps"])
@@ -366,10 +366,11 @@ class Steps:
 
     def start(self, rows):
         """Where both searches of a batch start: v (B, L, K), padded as the baseline pads."""
-        return rift.noise(torch.empty(len(rows), self.vocabulary.max_len, self.vocabulary.max_candidates,
-                                      device=self.device), self.vocabulary.max_len, torch.Generator().manual_seed(int(rows[0])))
+        L, K = self.vocabulary.max_len, self.vocabulary.max_candidates
+        return rift.noise(torch.empty(len(rows), L, K, device=self.device), L, torch.Generator().manual_seed(int(rows[0])))
 
     def labels(self, rows):
+        """y (B,) of a batch, on the device."""
         return torch.tensor(self.y[rows], device=self.device)
 
     def plain(self, rows, v, attention="sdpa"):
