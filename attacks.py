@@ -1,32 +1,38 @@
-"""Word-substitution attacks: how often does a text classifier survive a swap of words for synonyms?
+"""Word-substitution attacks: does a text classifier survive a swap of words for synonyms?
 
-An attack is a generator for ONE example and reads like its pseudo-code. It yields the texts (tuples of
-words) that it wants scored, receives their class probabilities P (N, C) in the same order, and returns the
-words of the adversarial text. It sees probabilities only, so any classifier can be attacked.
+An attack is a generator for ONE example and reads like its pseudo-code. It yields the texts (tuples
+of words) that it wants scored, gets their class probabilities P (N, C) in the same order, and
+returns the words of the adversarial text. It sees probabilities only, so any classifier will do.
 
 - `pwws`: greedy, most salient word first (Ren et al., ACL 2019)
 - `genetic`: a population of texts that mutate and mate (Alzantot et al., EMNLP 2018)
-- `lm_constraint`, `scores_constraint`: drop the synonyms that a language model finds odd (Jia et al., 2019)
-- `attack`: drives many such generators at once; batching, caching and progress live here and only here
+- `attack`: runs an attack on many examples; batching, caching and progress are all in here
+- `lm_constraint`, `scores_constraint`: drop synonyms that a language model finds odd (Jia et al.)
 
-    victim = classifier.predict_proba            # any callable: list of N texts -> (N, C) probabilities
+    victim = classifier.predict_proba  # any callable: list of N texts -> (N, C) probabilities
     for result in attack(victim, [(0, "a great film", 1)], pwws, {"great": ["grand", "big"]}):
         print(result.success, result.adversarial)
 """
+import numbers
+import sys
+import warnings
 import zipfile
 from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # ---- The attacks ---------------------------------------------------------------------------------
-# words: tuple of n str, the text that may change; y: int, its label; synonyms: n lists of str.
+# words: tuple of n str, the text that may change; y: int, its class; synonyms: n lists of str.
+# At least one position has synonyms: `attack` does not attack the other texts.
 
 
 def replace(words, i, word):
@@ -34,42 +40,46 @@ def replace(words, i, word):
     return words[:i] + (word,) + words[i + 1:]
 
 
+def positions_of(words, synonyms):
+    """The positions that have synonyms, a list of int.
+    Raises ValueError unless `synonyms` holds a list of words, perhaps empty, for each word."""
+    if len(synonyms) != len(words) or any(isinstance(candidates, str) for candidates in synonyms):
+        raise ValueError(f"{' '.join(words)[:60]!r} has {len(words)} words, but its synonyms are "
+                         f"{str(synonyms)[:60]}: expected {len(words)} lists of words")
+    return [i for i, candidates in enumerate(synonyms) if candidates]
+
+
 def margin(P, y):
-    """margin = log P(y) - max over c != y of log P(c): below 0 the model is fooled. For two classes it orders
-    texts as P(y) does.   P (N, C) probabilities, y int -> (N,) float64"""
+    """log P(y) - max over c != y of log P(c), (N,) float64: below 0 the model is fooled.
+
+    P: (N, C) probabilities; y: int. With two classes it orders texts as P(y) does.
+    """
     log_P = np.log(np.maximum(P, 1e-300))  # a float32 probability can underflow to 0
     return log_P[:, y] - np.delete(log_P, y, axis=1).max(axis=1)
 
 
 def pwws(words, y, synonyms, rng=None, unknown="NULL"):
-    """Probability-weighted word saliency (Ren et al. 2019), greedy and deterministic (`rng` is not used).
+    """Probability-weighted word saliency (Ren et al. 2019), greedy; `rng` is not used.
 
-        S_i  = softmax over all positions of  P(y|x) - P(y|x with word i replaced by `unknown`)
+        S_i  = softmax over all i of  P(y|x) - P(y|x with word i replaced by `unknown`)
         dP_i = max over the synonyms w of word i of  P(y|x) - P(y|x with word i replaced by w)
 
-    and the best synonyms are applied in descending order of S_i * dP_i until the prediction is not y.
-    It asks for x, n saliency texts, every candidate, and one text per applied substitution.
+    The best synonyms are applied in descending order of S_i dP_i until the prediction is not y.
     """
-    positions = [i for i, candidates in enumerate(synonyms) if candidates]
-    if not positions:
-        return words
-    n = len(words)
-    blanked = [replace(words, i, unknown) for i in range(n)]
-    tries = [replace(words, i, w) for i in positions for w in synonyms[i]]
-    P = yield [words] + blanked + tries
-    P_x, P_blanked, P_tries = P[0, y], P[1:n + 1, y], P[n + 1:, y]
+    P_x = (yield [words])[0, y]
+    P = yield (replace(words, i, unknown) for i in range(len(words)))
+    S = np.exp(P_x - P[:, y])
+    S = S / S.sum()  # (n,), no overflow: the differences are in [-1, 1]
 
-    S = np.exp(P_x - P_blanked)
-    S = S / S.sum()  # (n,) no overflow: the differences are in [-1, 1]
-    steps, start = [], 0
-    for i in positions:
-        drops = P_x - P_tries[start:start + len(synonyms[i])]
-        best = np.flatnonzero(drops == drops.max())[-1]  # the last of equals
-        steps.append((S[i] * drops[best], i, synonyms[i][best]))
-        start += len(synonyms[i])
+    swaps = [(i, w) for i in positions_of(words, synonyms) for w in synonyms[i]]
+    P = yield (replace(words, i, w) for i, w in swaps)
+    dP, best = {}, {}
+    for (i, w), drop in zip(swaps, P_x - P[:, y]):
+        if i not in dP or drop >= dP[i]:  # the last of equals
+            dP[i], best[i] = drop, w
 
-    for _, i, word in sorted(steps, key=lambda step: -step[0]):  # a stable sort: the first of equals
-        words = replace(words, i, word)  # also where the drop is negative
+    for i in sorted(dP, key=lambda i: -S[i] * dP[i]):  # a stable sort: the first of equals
+        words = replace(words, i, best[i])  # also where dP is negative
         P = yield [words]
         if P[0].argmax() != y:
             break
@@ -77,30 +87,28 @@ def pwws(words, y, synonyms, rng=None, unknown="NULL"):
 
 
 def genetic(words, y, synonyms, rng, population=60, generations=40):
-    """Genetic attack (Alzantot et al. 2018, as in Jia et al. 2019); the fitness is `margin`, lower is better.
+    """Genetic attack (Alzantot et al. 2018, as in Jia et al. 2019); the fitness is `margin`.
 
-    Each generation keeps its best member; the others are children: two parents drawn with probability
-    proportional to sigmoid(-margin) + 1e-8, each word from either by a fair coin, then perturbed. `rng` is a
-    numpy Generator. Raises ValueError if `population` is below 2 (nothing could ever change).
+    Each generation keeps its best member (the lowest margin). The others are children: two parents
+    drawn with probability proportional to sigmoid(-margin) + 1e-8, each word from either by a fair
+    coin, then perturbed. rng: a numpy Generator. Raises ValueError if `population` is below 2.
     """
-    if population < 2:
+    if population < 2:  # the one member would be kept for ever
         raise ValueError(f"the genetic attack needs a population of at least 2, not {population}")
-    positions = [i for i, candidates in enumerate(synonyms) if candidates]
-    if not positions:
-        return words
+    positions = positions_of(words, synonyms)
 
     def perturb(texts):
-        """At one random position of each text, the best of the original word and its synonyms.
-        One yield for all texts -> (the perturbed texts, their probabilities (len(texts), C))"""
+        """At one random position of each text, the best of the original word and its synonyms:
+        (the perturbed texts, their probabilities (len(texts), C)). All texts share one yield."""
         at = [positions[k] for k in rng.integers(len(positions), size=len(texts))]
-        tries = [[replace(text, i, w) for w in (words[i], *synonyms[i])] for text, i in zip(texts, at)]
-        flat = [text for group in tries for text in group]
-        P = yield flat
+        swaps = [(text, i, w) for text, i in zip(texts, at) for w in (words[i], *synonyms[i])]
+        P = yield (replace(*swap) for swap in swaps)
         fitness, best, start = margin(P, y), [], 0
-        for group in tries:
-            best.append(start + fitness[start:start + len(group)].argmin())  # the first of equals
-            start += len(group)
-        return [flat[b] for b in best], P[best]
+        for i in at:
+            end = start + 1 + len(synonyms[i])
+            best.append(start + fitness[start:end].argmin())  # the first of equals
+            start = end
+        return [replace(*swaps[b]) for b in best], P[best]
 
     members, P = yield from perturb([words] * population)
     for _ in range(generations):
@@ -109,149 +117,229 @@ def genetic(words, y, synonyms, rng, population=60, generations=40):
         if P[elite].argmax() != y:
             break
         p = 1 / (1 + np.exp(fitness)) + 1e-8  # sigmoid(-margin): for two classes 1 - P(y) + 1e-8
-        parents = rng.choice(population, size=(population - 1, 2), p=p / p.sum())  # with replacement
+        parents = rng.choice(population, size=(population - 1, 2), p=p / p.sum())
         coins = rng.random((population - 1, len(words))) < 0.5
-        children = [tuple(v if coin else w for v, w, coin in zip(members[a], members[b], coin_row))
-                    for (a, b), coin_row in zip(parents, coins.tolist())]
+        children = [tuple(v if coin else w for v, w, coin in zip(members[a], members[b], row))
+                    for (a, b), row in zip(parents, coins.tolist())]
         children, P_children = yield from perturb(children)
         members = [members[elite]] + children
         P = np.vstack([P[elite], P_children])
-    return members[margin(P, y).argmin()]  # after the last generation: its children are checked too
+    return members[margin(P, y).argmin()]  # the last generation's children are checked too
 
 
-# ---- The scheduler -------------------------------------------------------------------------------
+# ---- Many examples at once -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one example. A text is what the victim sees: words joined by single spaces, or a tuple
-    (premise, hypothesis) of two such strings."""
+    """What became of one example. A text is what the victim sees: words joined by single spaces, or
+    a tuple (premise, hypothesis) of two such strings. All values are plain Python's."""
     index: int
     attack: str
     label: int
     original: str | tuple
     adversarial: str | tuple
-    success: bool             # the prediction was the label and is not any more
-    prediction: int           # the victim's, on `adversarial`
-    words_changed: int        # number of positions
-    queries: int              # distinct texts sent to the victim for this example, the original included
-    correct: bool             # the victim was right on `original`; otherwise it was not attacked
+    success: bool       # the prediction was the label and no longer is
+    prediction: int     # the victim's, on `adversarial`
+    words_changed: int  # number of positions
+    queries: int        # distinct texts sent to the victim for this example, the original included
+    correct: bool       # the victim was right on `original`; otherwise it was not attacked
+    substitutable: int  # number of positions that could change, also where it was not attacked
 
 
-@dataclass
-class Running:
-    """An example under attack."""
-    premise: list  # [premise] of a pair, [] of a single text
-    memory: dict   # every answer so far: key of a text -> (C,) probabilities
-    steps: object  # the generator
-    wanted: list   # the texts (tuples of words) that it waits for
-
-
-def join(premise, words):
-    """The text as the victim sees it."""
-    return (*premise, " ".join(words)) if premise else " ".join(words)
-
-
-def attack(victim, examples, method, synonyms, *, seed=0, batch_size=64, in_flight=32, progress=True, name=None):
+def attack(victim, examples, method, synonyms, *, seed=0, batch_size=64, in_flight=32,
+           max_words=None, max_queries=None, progress=True, name=None):
     """Attack every example; yields a Result as each is finished (not in the order of the examples).
 
-    victim:    callable, list of N texts -> (N, C) class probabilities (list, numpy or torch). With an attribute
-               `key` (callable: text -> hashable, what the model really sees, such as the bytes of its token
-               ids) two texts of the same key are one: asked once, exactly equal.
-    examples:  iterable, read lazily, of (index, text, y); of a pair (premise, hypothesis) only the second changes
-    method:    an attack; bind its hyper-parameters with functools.partial(genetic, population=20)
-    synonyms:  mapping word -> list of words, or callable (index, words) -> a list of words for each position
-    in_flight: how many examples are attacked at once; memory grows with it, not with the number of examples
-    name:      Result.attack, by default the method's own name
+    victim:      callable, list of N texts -> (N, C) class probabilities (list, numpy or torch). It
+                 may have these attributes. `key`, text -> bytes or str: what the model really sees,
+                 such as its token ids; texts of one key are one text, sent once. `visible`, text ->
+                 how many words of the changeable text it sees. `labels`: its class names in order.
+    examples:    iterable, read lazily, of (index, text, y). A text is lower-case words joined by
+                 single spaces; of a pair (premise, hypothesis) only the second changes. y is the
+                 class number or one of the victim's labels. Mind the order of the classes: SNLI is
+                 entailment 0, contradiction 1, neutral 2 here, but many published models have
+                 neutral 1 and contradiction 2.
+    method:      an attack; set its parameters with functools.partial(genetic, population=20)
+    synonyms:    mapping word -> list of words, or callable (index, words) -> a list for each word
+    in_flight:   how many examples are attacked at once
+    max_words:   only the first max_words words of the changeable text may change, or as many as are
+                 visible if that is less. The victim still gets the whole text.
+    max_queries: how many texts an example may send. When its attack wants one more it is stopped,
+                 and the example has survived, unchanged, whatever the last texts showed.
+    name:        Result.attack, by default the method's own name
 
-    Each example draws from its own random stream, seeded with (seed, index): a result depends neither on the
-    batch size nor on the examples beside it. Raises ValueError when the victim's output is not a probability
-    per class, a label is not one of its classes, or `synonyms` does not give a list for each position.
+    Each example has its own random stream, seeded with (seed, index): a result depends neither on
+    batch_size nor on the other examples. Raises ValueError when the victim's output is not a
+    probability per class, its labels are not one per class, y is not one of its classes, or a text
+    does not get a list of synonyms for each word. Warns if no word of any text could change.
     """
-    if batch_size < 1 or in_flight < 1:
-        raise ValueError(f"batch_size and in_flight must be at least 1, not {batch_size} and {in_flight}")
+    limits = batch_size, in_flight, max_words, max_queries
+    if any(limit is not None and limit < 1 for limit in limits):
+        raise ValueError("batch_size, in_flight, max_words and max_queries have to be at least 1, "
+                         f"not {', '.join(map(str, limits))}")
     name = name or (method.func if isinstance(method, partial) else method).__name__
     total = len(examples) if hasattr(examples, "__len__") else None
-    examples, running, done, robust = iter(examples), [], 0, 0
-    with tqdm(total=total, desc=name, disable=not progress, leave=False) as bar:
+    examples, running = iter(examples), []
+    done, robust, substitutable = 0, 0, 0
+    with tqdm(total=total, desc=name, disable=None if progress else True, leave=False) as bar:
         while True:
             for index, text, y in islice(examples, in_flight - len(running)):
-                *premise, changeable = [text] if isinstance(text, str) else text
-                words, memory = tuple(changeable.split(" ")) if changeable else (), {}
-                steps = attack_one(index, premise, words, y, method, synonyms, seed, name, memory)
-                running.append(Running(premise, memory, steps, wanted=next(steps)))
+                example = Running(text, victim, max_words)
+                example.steps = attack_one(example, index, y, victim, method, synonyms, seed, name)
+                example.begin(next(example.steps))
+                running.append(example)
             if not running:
-                return
+                break
+            ask(victim, running, batch_size, max_queries)
             unfinished = []
-            for task, P in zip(running, ask(victim, running, batch_size)):
+            for example in running:
                 try:
-                    task.wanted = task.steps.send(P)
-                    unfinished.append(task)
+                    if example.spent:
+                        example.begin(example.steps.throw(OutOfQueries))
+                    elif example.complete:
+                        P = [example.memory[digest] for digest in example.asked]
+                        example.begin(example.steps.send(np.array(P)))  # (texts wanted, C)
+                    unfinished.append(example)
                 except StopIteration as stop:
-                    done, robust = done + 1, robust + (stop.value.correct and not stop.value.success)
+                    result = stop.value
+                    done += 1
+                    robust += result.correct and not result.success
+                    substitutable += result.substitutable
                     bar.update()
                     bar.set_postfix_str(f"robust {robust / done:.1%}")
-                    yield stop.value
+                    yield result
             running = unfinished
+    if done and not substitutable:
+        warnings.warn(f"{name}: no word of the {done} texts has a synonym, nothing was attacked. "
+                      "A text is lower-case words joined by single spaces", stacklevel=2)
 
 
-def attack_one(index, premise, words, y, method, synonyms, seed, name, memory):
-    """One example from its original text to its Result: a generator like the attack that it runs. Raises ValueError
-    for a label or synonyms that do not fit, as `attack` says."""
-    P, adversarial = (yield [words]), words
-    if not 0 <= y < P.shape[1]:
-        raise ValueError(f"example {index} has label {y}; the victim has classes 0 to {P.shape[1] - 1}")
-    correct = bool(P[0].argmax() == y)
-    if correct:
-        candidates = synonyms(index, words) if callable(synonyms) else [synonyms.get(w, []) for w in words]
-        if len(candidates) != len(words):
-            raise ValueError(f"example {index} has {len(words)} words, but its synonyms are for {len(candidates)} "
-                             f"positions: give one list, perhaps empty, for each word")
+class OutOfQueries(Exception):
+    """Raised inside an attack that wants more texts than max_queries."""
+
+
+class Running:
+    """An example under attack: what of its text may change, and how far its round of texts is."""
+
+    def __init__(self, text, victim, max_words):
+        *self.premise, changeable = [text] if isinstance(text, str) else text  # [] of a single text
+        words = tuple(changeable.split(" ")) if changeable else ()
+        n = len(words) if max_words is None else max_words
+        if hasattr(victim, "visible"):
+            n = min(n, victim.visible(text))
+        self.words, self.rest = words[:n], words[n:]  # `rest` is sent, but never changed
+        self.length = len(words) + sum(len(part.split(" ")) for part in self.premise)
+        self.memory = {}  # every answer so far: digest of a text -> C probabilities
+
+    def text(self, words):
+        """The text that the victim gets: with `words` in place of self.words."""
+        text = " ".join(words + self.rest)
+        return (*self.premise, text) if self.premise else text
+
+    def begin(self, wanted):
+        """Start a round with the texts (tuples of words) that the attack wants."""
+        self.wanted, self.asked = iter(wanted), []  # asked: digests of the texts taken from wanted
+        self.complete = self.spent = False  # spent: the next new text would exceed max_queries
+
+
+def attack_one(example, index, y, victim, method, synonyms, seed, name):
+    """One example from its original text to its Result: a generator like the attack it runs."""
+    words, everything = example.words, example.words + example.rest
+    P_x = yield [words]
+    y = class_of(y, index, getattr(victim, "labels", None), P_x.shape[1])
+    if callable(synonyms):
+        candidates = synonyms(index, everything)
+    else:
+        candidates = [synonyms.get(word, []) for word in everything]
+    substitutable = sum(i < len(words) for i in positions_of(everything, candidates))
+    correct = bool(P_x[0].argmax() == y)
+    adversarial, P = words, P_x
+    if correct and substitutable:
         rng = np.random.default_rng([seed, index])
-        adversarial = tuple((yield from method(words, y, candidates, rng)))
-        P = yield [adversarial]  # costs nothing where the attack has asked it already
+        try:
+            found = tuple((yield from method(words, y, candidates[:len(words)], rng)))
+            P = yield [found]  # costs nothing where the attack has asked it already
+            adversarial = found
+        except OutOfQueries:
+            pass
     prediction = int(P[0].argmax())
-    return Result(index, name, int(y), join(premise, words), join(premise, adversarial), correct and prediction != y,
-                  prediction, sum(v != w for v, w in zip(words, adversarial)), len(memory), correct)
+    changed = sum(v != w for v, w in zip(words, adversarial))
+    return Result(int(index), name, y, example.text(words), example.text(adversarial),
+                  correct and prediction != y, prediction, changed, len(example.memory), correct,
+                  substitutable)
 
 
-def ask(victim, tasks, batch_size):
-    """Answer the wanted texts of all tasks: what is not in a task's memory goes to the victim, sorted by
-    length (little padding), in batches of at most batch_size. -> a list of P (texts wanted, C), one per task"""
-    key = getattr(victim, "key", lambda text: text)
-    keys, unanswered = [], []
-    for task in tasks:
-        texts = [join(task.premise, words) for words in task.wanted]
-        keys.append([key(text) for text in texts])
-        for k, text in zip(keys[-1], texts):
-            if k not in task.memory:
-                task.memory[k] = None  # its place: a text wanted twice in one round is asked once
-                unanswered.append((task, k, text))
-    unanswered.sort(key=lambda item: "".join(item[2]).count(" "))  # number of words; "".join for pairs
-    for start in range(0, len(unanswered), batch_size):
-        batch = unanswered[start:start + batch_size]
+def class_of(y, index, labels, C):
+    """The class number, a plain int, of the label y. Raises ValueError as `attack` says."""
+    right = f"an integer from 0 to {C - 1}"
+    if labels is not None:
+        right += f" or one of {labels}"
+        if len(labels) != C:
+            raise ValueError(f"the victim returns {C} probabilities for a text, but has the labels "
+                             f"{labels}: expected {C} of them")
+        if isinstance(y, str) and y in labels:
+            return labels.index(y)
+    if isinstance(y, torch.Tensor) and y.ndim == 0:
+        y = y.item()
+    if isinstance(y, numbers.Integral) and not isinstance(y, bool) and 0 <= y < C:
+        return int(y)
+    raise ValueError(f"example {index} has label {y!r}: expected {right}")
+
+
+def ask(victim, running, batch_size, max_queries):
+    """Take up to four batches of new texts from each example and remember the victim's answers.
+
+    Texts of similar length share a batch (little padding). A round is taken in pieces because all
+    its texts at once would hold about n^2 words; an asked text leaves only a 16-byte digest.
+    """
+    key = getattr(victim, "key", None)
+    new = []  # (example, digest, text)
+    for example in running:
+        enough = len(new) + 4 * batch_size
+        for words in example.wanted:
+            text = example.text(words)
+            seen = key(text) if key else text
+            seen = seen if isinstance(seen, bytes) else repr(seen).encode()
+            digest = blake2b(seen, digest_size=16).digest()
+            example.asked.append(digest)
+            if digest in example.memory:
+                continue
+            if len(example.memory) == max_queries:
+                example.spent = True
+                break
+            example.memory[digest] = None  # its place: a text wanted twice is asked once
+            new.append((example, digest, text))
+            if len(new) == enough:
+                break
+        else:
+            example.complete = True
+    new.sort(key=lambda item: item[0].length)
+    for start in range(0, len(new), batch_size):
+        batch = new[start:start + batch_size]
         P = check_probabilities(victim([text for _, _, text in batch]), len(batch))
-        for (task, k, _), row in zip(batch, P):
-            task.memory[k] = row
-    return [np.array([task.memory[k] for k in task_keys]) for task, task_keys in zip(tasks, keys)]
+        for (example, digest, _), row in zip(batch, P.tolist()):
+            example.memory[digest] = row
 
 
 def check_probabilities(P, N):
-    """A victim's answer to N texts (list, numpy or torch) as a float64 array (N, C). Raises ValueError unless
-    C >= 2 and every row is finite, not negative and sums to 1 within 1e-2 (bfloat16 sums no better)."""
+    """A victim's answer to N texts as a float64 array (N, C), from list, numpy or torch. ValueError
+    unless C >= 2 and rows are finite, not negative and sum to 1 within 1e-2 (as in bfloat16)."""
     right = f"expected class probabilities of shape ({N}, C), C >= 2, one row per text"
     if isinstance(P, torch.Tensor):
         P = P.detach().to("cpu", torch.float64)
     try:
         P = np.asarray(P, dtype=np.float64)
     except (TypeError, ValueError):
-        raise ValueError(f"the victim returned a {type(P).__name__} that is no array of numbers; {right}") from None
+        raise ValueError(f"the victim returned a {type(P).__name__} that is no array of numbers; "
+                         f"{right}") from None
     if P.ndim != 2 or len(P) != N or P.shape[1] < 2:
         raise ValueError(f"the victim returned an array of shape {P.shape}; {right}")
-    bad = np.flatnonzero(~((P >= 0).all(axis=1) & (abs(P.sum(axis=1) - 1) < 1e-2)))  # catches nan and inf too
-    if len(bad):
-        raise ValueError(f"the victim returned a row {P[bad[0]].round(4).tolist()[:9]}; {right}, in [0, 1] and "
-                         "summing to 1 (logits need a softmax)")
+    good = (P >= 0).all(axis=1) & (abs(P.sum(axis=1) - 1) < 1e-2)  # False for nan and inf too
+    if not good.all():
+        row = P[good.argmin()].round(4).tolist()[:9]
+        raise ValueError(f"the victim returned a row {row}; {right}, in [0, 1] and summing to 1 "
+                         "(logits need a softmax)")
     return P
 
 
@@ -260,105 +348,116 @@ def check_probabilities(P, N):
 # log p(window with it) - log p(window with the original word) >= threshold (Jia et al. 2019).
 
 
-def lm_windows(words, i, candidates, radius=6):
-    """The window of `radius` words on either side of position i: with the original word, then with each
-    candidate. -> 1 + len(candidates) tuples of words"""
-    left, right = words[max(0, i - radius):i], words[i + 1:i + 1 + radius]
-    return [(*left, w, *right) for w in (words[i], *candidates)]
-
-
 def lm_constraint(words, synonyms, log_p, threshold=-5.0, radius=6):
-    """Keep the synonyms that a language model allows.   synonyms: a list of words per position; log_p: callable,
-    list of N windows (tuples of words) -> (N,) natural-log probabilities, called once. -> lists like `synonyms`"""
-    windows = [window for i, candidates in enumerate(synonyms) if candidates
-               for window in lm_windows(words, i, candidates, radius)]
-    scores = iter(np.asarray(log_p(windows) if windows else [], dtype=np.float64))
-    kept = []
-    for candidates in synonyms:
-        original = next(scores) if candidates else None
-        kept.append([w for w in candidates if next(scores) - original >= threshold])
+    """The synonyms that a language model allows: n lists of str, like `synonyms`.
+
+    words: tuple of n str; log_p: callable, list of N windows (tuples of words, up to `radius` on
+    either side) -> (N,) natural-log probabilities, called once. Raises ValueError if it returns
+    another number of them.
+    """
+    positions = positions_of(words, synonyms)
+    windows = [(*words[max(0, i - radius):i], w, *words[i + 1:i + 1 + radius])
+               for i in positions for w in (words[i], *synonyms[i])]
+    scores = np.asarray(log_p(windows) if windows else [], dtype=np.float64)
+    if scores.shape != (len(windows),):
+        raise ValueError(f"log_p returned shape {scores.shape}: expected ({len(windows)},)")
+    kept, scores = [[] for _ in words], iter(scores)
+    for i in positions:
+        original = next(scores)
+        kept[i] = [w for w in synonyms[i] if next(scores) - original >= threshold]
     return kept
 
 
 def scores_constraint(words, synonyms, scores, threshold=-5.0):
-    """The same with published scores of this sentence, {position: {lower-cased word: log p}}. A word without
-    scores keeps no candidate; nor does -inf against -inf, whose difference is nan."""
-    def log_p(i, word):
-        return scores.get(i, {}).get(word.lower(), np.nan)  # nan >= threshold is False
-
-    return [[w for w in candidates if log_p(i, w) - log_p(i, word) >= threshold]
-            for i, (word, candidates) in enumerate(zip(words, synonyms))]
+    """The same with published scores of this sentence, {position: {lower-cased word: log p}}.
+    A word without scores keeps no candidate; nor does -inf against -inf (the difference is nan)."""
+    kept = [[] for _ in words]
+    for i in positions_of(words, synonyms):
+        log_p = {w: scores.get(i, {}).get(w.lower(), np.nan) for w in (words[i], *synonyms[i])}
+        kept[i] = [w for w in synonyms[i] if log_p[w] - log_p[words[i]] >= threshold]
+    return kept
 
 
 class CausalLM:
-    """log p of windows of words under a Hugging Face causal language model, from the hub or a folder.
+    """log p of windows of words under a Hugging Face causal language model (hub or folder).
 
-    Called with a list of N windows (tuples of words), it returns (N,) float64: the sum of log p(token | tokens
-    before) over the window's words joined by spaces, in natural log. BOS (EOS where there is none) goes first so
-    that the first word is scored too; a tokenizer without either leaves its first token unscored.
-    Raises OSError where the folder or name holds no model with safetensors weights, ValueError for a masked one.
+    Called with a list of N windows (tuples of words), it returns (N,) float64: the sum of
+    log p(token | tokens before) over the window's words joined by spaces, in natural log. BOS (EOS
+    where there is none) goes first so that the first word is scored too; without either the first
+    token is not scored. A window longer than the model's positions keeps the last tokens that fit.
+    Raises OSError where there is no model with safetensors weights, ValueError for a masked one.
     """
 
     def __init__(self, name_or_dir, device="cpu", batch_size=64):
         self.tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=False)
-        if self.tokenizer.mask_token is not None:  # would be loaded with a head of random weights
-            raise ValueError(f"{name_or_dir}: is a masked language model, wanted a causal one such as GPT-2")
-        model = AutoModelForCausalLM.from_pretrained(name_or_dir, use_safetensors=True, trust_remote_code=False)
-        self.model, self.device, self.batch_size = model.float().to(device).eval(), device, batch_size
+        if self.tokenizer.mask_token is not None:  # its head would be loaded with random weights
+            raise ValueError(f"{name_or_dir}: is a masked language model, expected a causal one")
+        model = AutoModelForCausalLM.from_pretrained(name_or_dir, use_safetensors=True,
+                                                     trust_remote_code=False)
+        self.model = model.float().to(device).eval()
+        self.batch_size = batch_size
 
     @torch.no_grad()
     def __call__(self, windows):
         bos = self.tokenizer.bos_token_id
         bos = self.tokenizer.eos_token_id if bos is None else bos
         first = [] if bos is None else [bos]
-        ids = [first + self.tokenizer(" ".join(window), add_special_tokens=False)["input_ids"]
-               for window in windows]
+        # GPT-2's n_positions goes by this name too; a model without it has no limit.
+        fit = getattr(self.model.config, "max_position_embeddings", sys.maxsize) - len(first)
+        ids = []
+        for window in windows:
+            tokens = self.tokenizer(" ".join(window), add_special_tokens=False)["input_ids"]
+            ids.append(torch.tensor(first + tokens[-fit:] or [0]))  # a single token scores 0
         order = sorted(range(len(ids)), key=lambda k: len(ids[k]))
         log_p = np.zeros(len(ids))
         for start in range(0, len(order), self.batch_size):
-            batch = order[start:start + self.batch_size]
-            L = max(2, max(len(ids[k]) for k in batch))  # at least one prediction, even if it is padding
-            x = torch.tensor([ids[k] + [0] * (L - len(ids[k])) for k in batch], device=self.device)  # (B, L)
-            lengths = torch.tensor([len(ids[k]) for k in batch], device=self.device)
-            mask = torch.arange(L, device=self.device) < lengths[:, None]  # (B, L), True on tokens
-            logits = self.model(input_ids=x, attention_mask=mask.long()).logits  # (B, L, V)
-            nll = F.cross_entropy(logits[:, :-1].transpose(1, 2), x[:, 1:], reduction="none")  # (B, L-1)
-            log_p[batch] = -nll.masked_fill(~mask[:, 1:], 0).sum(dim=1).double().cpu().numpy()
+            rows = order[start:start + self.batch_size]
+            x = pad_sequence([ids[k] for k in rows], batch_first=True, padding_value=-100)  # (B, L)
+            x = x.to(self.model.device)
+            logits = self.model(input_ids=x.clamp(min=0), attention_mask=(x >= 0).long()).logits
+            logits = logits[:, :-1].transpose(1, 2)  # (B, V, L-1)
+            nll = F.cross_entropy(logits, x[:, 1:], reduction="none", ignore_index=-100)  # (B, L-1)
+            log_p[rows] = -nll.sum(dim=1).double().cpu().numpy()
         return log_p
 
 
 def read_lm_scores(path, sentences=None, task=""):
-    """The published score file -> {lower-cased sentence: {position: {lower-cased word: log p}}}, for
-    `scores_constraint`.   path: a .txt, or a .zip or folder that holds one; of several, the one named after `task`.
+    """Published scores: {lower-cased sentence: {position: {lower-cased word: log p}}}.
 
-    A line `index TAB sentence` opens a sentence; lines `index TAB position TAB word TAB score` follow, for the
-    original word and its candidates. `sentences` (lower-cased), if given, are the only ones kept: the whole file
-    of IMDB takes gigabytes. Raises ValueError with file, line, value and what would be right.
+    path: a .txt, or a .zip or folder that holds one; of several, the one named after `task`. A line
+    `index TAB sentence` opens a sentence; lines `index TAB position TAB word TAB score` follow, for
+    the original word and its candidates. Only `sentences` (lower-cased), if given, are kept: all of
+    IMDB takes gigabytes. Raises ValueError that names file, line and value, OSError or
+    zipfile.BadZipFile where the file cannot be read.
     """
-    path, archive = Path(path), zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
-    files = archive.namelist() if archive else map(str, path.rglob("*") if path.is_dir() else [path])
-    files = [file for file in files if file.endswith(".txt") and not Path(file).name.startswith(".")]
+    path = Path(path)
+    files = [path, *path.rglob("*")]
+    if zipfile.is_zipfile(path):
+        files = [zipfile.Path(path, name) for name in zipfile.ZipFile(path).namelist()]
+    files = [file for file in files if file.name.endswith(".txt") and file.name[0] != "."]
     if len(files) > 1:
-        files = [file for file in files if task in Path(file).name]
+        files = [file for file in files if task in file.name]
     if len(files) != 1:
-        raise ValueError(f"{path}: holds {len(files)} .txt files {task and f'of {task} '}where one is right")
-    where = f"{path}: {files[0]}" if archive else files[0]
-    scores, index, at, n = {}, None, None, 0  # of the last sentence: index, its scores, number of words
-    with archive.open(files[0]) if archive else open(files[0], "rb") as file:
+        raise ValueError(f"{path}: holds {len(files)} .txt files with {task!r} in their names, "
+                         "where one is right")
+    scores = {}
+    index, of_sentence, n = None, None, 0  # of the last sentence: index, scores, number of words
+    with files[0].open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 fields = line.decode("utf-8").lower().rstrip("\r\n").split("\t")
                 if len(fields) == 2:
                     index, sentence = fields
-                    at, n = {}, len(sentence.split(" "))
+                    of_sentence, n = {}, len(sentence.split(" "))
                     if sentences is None or sentence in sentences:
-                        at = scores.setdefault(sentence, at)
+                        of_sentence = scores.setdefault(sentence, of_sentence)
                     continue
                 line_index, position, word, score = fields
                 if line_index != index or not 0 <= int(position) < n:
                     raise ValueError
-                at.setdefault(int(position), {})[word] = float(score)
+                of_sentence.setdefault(int(position), {})[word] = float(score)
             except ValueError:  # also wrong utf-8, a wrong number of fields, no number
-                raise ValueError(f"{where}, line {number}: {line[:80]!r} should be 'index TAB sentence', or 'index "
-                                 "TAB position TAB word TAB score' for a word of the sentence above it") from None
+                raise ValueError(f"{files[0]}, line {number}: {line[:80]!r} should be 'index TAB "
+                                 "sentence', or 'index TAB position TAB word TAB score' for a word "
+                                 "of the sentence above it") from None
     return scores

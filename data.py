@@ -1,11 +1,15 @@
-"""Data for RIFT (Dong et al., NeurIPS 2021): from public archives to tensors, in the order of this file.
+"""The data of RIFT (Dong et al., NeurIPS 2021): from public archives to tensors, in this order.
 
-A text is a tuple of lower-case words; joined by single spaces it is a string, and nobody tokenizes it a second time.
-A substitution table maps a word to a list of words. `Vocabulary` gives every word one token, and every position its
-candidate tokens (the adversary's hull). `balanced_batches` draws every class equally often, because the loss compares
-examples of one class. The last hundred lines are a data set themselves: the toy task's grammar.
+A text is a tuple of lower-case words. Joined by single spaces it is a string, already tokenized:
+split it at spaces. A substitution table maps a word to a list of words. `Vocabulary` gives each
+word one token and each position its candidate tokens (the adversary's hull). `balanced_batches`
+draws every class equally often, because L_info compares examples of one class. The last part is a
+data set itself: the grammar of the toy task.
+
+For a file or a setting of the user that cannot be used, every function raises InputError.
 """
 import functools
+import gzip
 import hashlib
 import http.client
 import io
@@ -15,6 +19,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 import tarfile
 import time
@@ -24,83 +29,38 @@ import zipfile
 import zlib
 from collections import namedtuple
 from contextlib import contextmanager, suppress
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import nltk
 import numpy as np
-import safetensors
+import safetensors.torch
 import torch
 from tqdm import tqdm
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used: one line with the file, the line, the value and what would be right."""
+    """The user's input cannot be used: one line with file, line, value and what would be right."""
 
 
-# ---- Files ---------------------------------------------------------------------------------------
-RESOURCES = {  # name: (file, what it unpacks to, address, md5 demanded of a download)
-    "imdb": ("aclImdb_v1.tar.gz", "aclImdb", "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
-             "7c2ac02c03563afcf9b574c7e56c153a"),
-    "snli": ("snli_1.0.zip", "snli_1.0", "https://nlp.stanford.edu/projects/snli/snli_1.0.zip", None),
-    "vectors": ("counter-fitted-vectors.txt.zip", "counter-fitted-vectors.txt", "https://github.com/nmrksic/"
-                "counter-fitting/raw/master/word_vectors/counter-fitted-vectors.txt.zip", None),
-    "scores": ("jia2019_cert_lm_scores.zip", "lm_scores",
-               "https://nlp.stanford.edu/data/robinjia/jia2019_cert_lm_scores.zip", None),
-}
-
-
-def cache_dir():
-    """The folder for downloads and everything computed once: $RIFT_CACHE, or ~/.cache/rift."""
-    return Path(os.environ.get("RIFT_CACHE") or "~/.cache/rift").expanduser().absolute()
-
-
-def find(data_dir, *names):
-    """The files and folders of these names that exist in data_dir, then in the cache. InputError if it is no folder."""
-    first = Path(data_dir or cache_dir()).expanduser().absolute()
-    if first != cache_dir() and not first.is_dir():
-        raise InputError(f"{first}: no such folder (--data-dir wants one; without it {cache_dir()} is used)")
-    return [folder / name for folder in (first, cache_dir()) for name in names if (folder / name).exists()]
+# ---- Reading and writing files -------------------------------------------------------------------
+NOT_OURS = "not a file of this project, or damaged"
+DAMAGE = (EOFError, RuntimeError, zlib.error, gzip.BadGzipFile, shutil.ReadError, tarfile.TarError,
+          zipfile.BadZipFile)  # what damaged archives raise
 
 
 @contextmanager
 def reading(path):
-    """Turns what missing files, damaged archives and bytes that are not UTF-8 raise into an InputError."""
+    """Turns what missing or damaged files and bytes that are not UTF-8 raise into an InputError."""
     try:
         yield
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {line}: not UTF-8 (byte 0x{error.object[error.start]:02x})") from None
-    except (OSError, EOFError, RuntimeError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-
-
-def text_of(path):
-    """The text of a UTF-8 file. Raises InputError where it cannot be read."""
-    with reading(path):
-        return path.read_bytes().decode("utf-8-sig")
-
-
-def texts_in(path, wanted=""):
-    """Yields (name for messages, text) of the files in a folder, .tar.gz or .zip whose name matches the pattern
-    `wanted`; any other file stands for itself. Raises InputError for damage, at the latest after the last file."""
-    with reading(path):
-        if path.is_dir():
-            files = ((file.as_posix(), file.read_bytes) for file in path.rglob("*"))
-        elif path.suffix == ".zip":
-            archive = zipfile.ZipFile(path)
-            files = ((f"{path}: {name}", functools.partial(archive.read, name)) for name in archive.namelist())
-        elif path.suffix == ".gz":
-            archive = tarfile.open(path, "r:gz")
-            files = ((f"{path}: {file.name}", archive.extractfile(file).read) for file in archive if file.isfile())
-        else:
-            files = [(str(path), path.read_bytes)]
-        for where, read in files:
-            if re.search(wanted, where):
-                with reading(where):
-                    text = read().decode("utf-8-sig")
-                yield where, text
-        if path.suffix == ".gz":
-            archive.fileobj.read()  # only the very end shows that an archive was cut or altered
+        byte = error.object[error.start]
+        raise InputError(f"{path}, line {line}: not UTF-8 (byte 0x{byte:02x})") from None
+    except (OSError, *DAMAGE) as error:
+        problem = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read ({problem})") from None
 
 
 @contextmanager
@@ -109,13 +69,14 @@ def writing(path):
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+        problem = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be written ({problem})") from None
 
 
 @contextmanager
 def replacing(path):
-    """Yields a temporary path; the file or folder written there is renamed to `path` when all went well, else removed.
-    A folder that is there stays. Raises InputError when it cannot be written."""
+    """Yields a temporary path. The file or folder written there is renamed to `path` if all goes
+    well, otherwise removed. A folder that exists already stays."""
     tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with writing(path):
@@ -124,60 +85,148 @@ def replacing(path):
             try:
                 os.replace(tmp, path)
             except OSError:
-                if not (tmp.is_dir() and path.is_dir()):  # else another process was quicker
+                if not (tmp.is_dir() and path.is_dir()):  # otherwise another process was quicker
                     raise
     finally:
-        with suppress(OSError):  # what cannot even be removed was never there, or its folder is read-only now
+        with suppress(OSError):  # it was never made, or its folder is read-only now
             remove(tmp)
 
 
 def remove(path):
-    """Delete a file, or a folder with all that is in it; it may be missing. Raises OSError where that fails."""
+    """Deletes a file, or a folder with its content; it may be missing. Raises OSError."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_atomically(path, content):
-    """Write str (UTF-8) or bytes, all of it or nothing: what was there before stays when that fails (InputError)."""
+    """Writes str (as UTF-8) or bytes, all of it or nothing: the old file stays if that fails."""
     with replacing(Path(path)) as tmp:
         tmp.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def fingerprint(values):
-    """sha256 (hex) of JSON-able values."""
-    return hashlib.sha256("".join(map(json.dumps, values)).encode()).hexdigest()
+def read_json(path):
+    """The JSON object in a file that write_json wrote, a dict."""
+    with reading(path):
+        content = Path(path).read_bytes()
+    with suppress(ValueError):
+        value = json.loads(content)
+        if isinstance(value, dict):
+            return value
+    raise InputError(f"{path}: {NOT_OURS}")
 
 
-def cached(name, compute):
-    """compute(), which is JSON-able, or what it gave the last time, from the file `name` in the cache."""
+def write_json(path, value):
+    """Writes a JSON-able value, atomically."""
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_lines(path):
+    """The list of objects in a .jsonl file, [] if there is no file. A last line without its line
+    break is left out: the writer was killed in the middle of it."""
+    if not Path(path).exists():
+        return []
+    with reading(path):
+        lines = Path(path).read_bytes().split(b"\n")[:-1]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError:
+        raise InputError(f"{path}: {NOT_OURS}") from None
+
+
+def save_tensors(path, tensors, about=None):
+    """Writes {name: tensor} and a JSON-able dict to one safetensors file, atomically."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, safetensors.torch.save(tensors, {"about": json.dumps(about or {})}))
+
+
+def load_tensors(path):
+    """({name: tensor}, dict), as save_tensors wrote them."""
+    with reading(path):
+        Path(path).open("rb").close()  # so that a missing file is not called damaged
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                about = json.loads(file.metadata()["about"])
+                return {name: file.get_tensor(name) for name in file.keys()}, about
+        except (KeyError, TypeError, ValueError, safetensors.SafetensorError):
+            raise InputError(f"{path}: {NOT_OURS}") from None
+
+
+def fingerprint(value):
+    """sha256 (hex) of bytes or of a JSON-able value. The order of a dict's keys does not count."""
+    if not isinstance(value, bytes):
+        value = json.dumps(value, sort_keys=True).encode()
+    return hashlib.sha256(value).hexdigest()
+
+
+def seed_of(*numbers):
+    """One 32-bit seed, an int, from several ints of at least 0."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+# ---- Archives: found, downloaded, unpacked -------------------------------------------------------
+RESOURCES = {  # name: (archive, what it unpacks to, address, md5 that a download must have)
+    "imdb": ("aclImdb_v1.tar.gz", "aclImdb",
+             "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
+             "7c2ac02c03563afcf9b574c7e56c153a"),
+    "snli": ("snli_1.0.zip", "snli_1.0",
+             "https://nlp.stanford.edu/projects/snli/snli_1.0.zip", None),
+    "vectors": ("counter-fitted-vectors.txt.zip", "counter-fitted-vectors.txt",
+                "https://github.com/nmrksic/counter-fitting/raw/master/word_vectors/"
+                "counter-fitted-vectors.txt.zip", None),
+    "scores": ("jia2019_cert_lm_scores.zip", "lm_scores",
+               "https://nlp.stanford.edu/data/robinjia/jia2019_cert_lm_scores.zip", None),
+}
+
+
+def cache_dir():
+    """The folder for downloads and for what is computed once: the environment variable $RIFT_CACHE
+    names it, otherwise it is ~/.cache/rift."""
+    return Path(os.environ.get("RIFT_CACHE") or "~/.cache/rift").expanduser().absolute()
+
+
+def cached(name, compute, again):
+    """compute(), a JSON-able value, or what it was last time, from the file `name` in the cache.
+    again: what the next start has to do again if the cache cannot be written."""
     with suppress(OSError, ValueError):  # not there yet, or damaged
         return json.loads((cache_dir() / name).read_bytes())
     value = compute()
-    with suppress(InputError):  # a cache that cannot be written costs time only
+    try:
         write_atomically(cache_dir() / name, json.dumps(value))
+    except InputError as error:
+        print(f"{error}; the next start will {again} again", file=sys.stderr)
     return value
 
 
+def find(data_dir, *names):
+    """The files and folders of these names that exist, those in data_dir before the cache's."""
+    first = Path(data_dir or cache_dir()).expanduser().absolute()
+    if first != cache_dir() and not first.is_dir():
+        raise InputError(f"{first}: no such folder (--data-dir names one; default {cache_dir()})")
+    paths = [folder / name for folder in (first, cache_dir()) for name in names]
+    return [path for path in paths if path.exists()]
+
+
 def locate(name, data_dir=None):
-    """Path of the resource `name` (a key of RESOURCES), packed or unpacked: in data_dir, else in the cache, else
-    downloaded into the cache. Raises InputError as `download` does."""
+    """The path of a resource (a key of RESOURCES) in data_dir, else in the cache, else downloaded
+    into it. The archive comes first, because a folder beside it may be partly unpacked."""
     packed, unpacked, url, md5 = RESOURCES[name]
-    if not find(data_dir, unpacked, packed):
+    if not find(data_dir, packed, unpacked):
         download(url, cache_dir() / packed, md5)
-    return find(data_dir, unpacked, packed)[0]
+    return find(data_dir, packed, unpacked)[0]
 
 
 def download(url, path, md5=None, tries=4, pause=1.0, timeout=30.0):
-    """Fetch url to path. What fails is tried again from the start, `tries` times in all, after pause, 2 pause,
-    4 pause .. seconds. Raises InputError with the address and where to put the file by hand."""
+    """Fetches url to path. What fails is tried again from the start, `tries` times in all, after
+    pause, 2 pause, 4 pause .. seconds. The error says where to put the file by hand."""
     request = urllib.request.Request(url, headers={"User-Agent": "rift"})
     with replacing(Path(path)) as tmp:
         for attempt in range(tries):
             time.sleep(pause * 2 ** (attempt - 1) if attempt else 0)
             try:
-                with urllib.request.urlopen(request, timeout=timeout) as reply, open(tmp, "wb") as file:
+                with urllib.request.urlopen(request, timeout=timeout) as reply:
                     total = int(reply.headers.get("Content-Length", 0))
-                    with tqdm.wrapattr(file, "write", total=total or None, desc=f"fetching {url}") as progress:
-                        shutil.copyfileobj(reply, progress)
+                    bar = tqdm.wrapattr(reply, "read", total or None, desc=url, disable=None)
+                    with bar as source, open(tmp, "wb") as file:
+                        shutil.copyfileobj(source, file)
                 content = tmp.read_bytes()
                 if total and len(content) != total:
                     raise OSError(f"the connection broke after {len(content)} of {total} bytes")
@@ -193,79 +242,160 @@ def download(url, path, md5=None, tries=4, pause=1.0, timeout=30.0):
         raise InputError(f"{url}: {problem}; download it by hand and put it at {path}")
 
 
-def unpack(archive, folder):
-    """Unpack a .tar.gz without its links into `folder`, private to the user as NLTK demands; one that exists is left
-    alone. Raises InputError for a damaged archive, and for one that would write outside the folder."""
-    with replacing(Path(folder)) as tmp, reading(archive), tarfile.open(archive) as file:
-        file.extractall(tmp, [member for member in file if member.isfile() or member.isdir()], filter="data")
-        for path in (tmp, *tmp.rglob("*")):
-            path.chmod(0o700 if path.is_dir() else 0o600)
+def unpack(path):
+    """The folder in the cache that a .tar.gz or .zip is unpacked to, once; any other path as it is.
+    The folder is private to the user, as NLTK demands. Links and devices are left out."""
+    def plain(member, folder):
+        return tarfile.data_filter(member, folder) if member.isfile() or member.isdir() else None
+
+    if path.is_dir() or path.suffix not in (".gz", ".zip"):
+        return path
+    with reading(path):
+        content = path.read_bytes()
+        folder = cache_dir() / f"{path.name.partition('.')[0]}-{fingerprint(content)[:16]}"
+        if folder.is_dir():
+            return folder
+        if path.suffix == ".gz":
+            gzip.decompress(content)  # only its end shows whether an archive was cut or altered
+    with replacing(folder) as tmp:
+        tmp.mkdir()
+        try:
+            shutil.unpack_archive(path, tmp, **{"filter": plain} if path.suffix == ".gz" else {})
+        except DAMAGE as error:
+            raise InputError(f"{path}: cannot be read ({error})") from None
+        for inside in (tmp, *tmp.rglob("*")):
+            inside.chmod(0o700 if inside.is_dir() else 0o600)
+    return folder
 
 
 def prepare_nltk(data_dir=None, wordnet=False):
-    """Make NLTK's sentence tokenizer, and WordNet if asked for, available in this process: from data_dir, the cache
-    or NLTK's own folders, else by nltk.download into the cache. Raises InputError that says how to install."""
+    """Makes NLTK's sentence tokenizer, and WordNet if asked for, available in this process: from
+    data_dir, the cache or NLTK's own folders. Only what is in none of them is downloaded."""
     own = cache_dir() / "nltk_data"
     for path in (own, *find(data_dir, "nltk_data.tar.gz", "nltk_data")):
-        if path.suffix == ".gz":  # NLTK refuses data that other accounts could write, so into a private folder
-            with reading(path):
-                private = cache_dir() / f"nltk_data-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
-            if not private.is_dir():
-                unpack(path, private)
-            path = private / "nltk_data"
-        if str(path.resolve()) not in nltk.data.path:
-            nltk.data.path.insert(0, str(path.resolve()))
+        folder = unpack(path) / "nltk_data" if path.suffix == ".gz" else path.resolve()
+        if str(folder) not in nltk.data.path:
+            nltk.data.path.insert(0, str(folder))
 
     def there():
-        with suppress(LookupError, OSError, ValueError):  # not installed, or NLTK refuses to read it
+        with suppress(LookupError, OSError, ValueError):  # missing, or NLTK refuses to read it
             if wordnet:
                 nltk.corpus.wordnet.ensure_loaded()
             return nltk.tokenize.punkt_model_available()
 
-    names = ["punkt_tab", "wordnet"][: 1 + wordnet]
+    names = ["punkt_tab", "wordnet"] if wordnet else ["punkt_tab"]
     if not there():
         with suppress(OSError, ValueError):
             own.mkdir(mode=0o700, parents=True, exist_ok=True)
             nltk.download(names, str(own), quiet=True, print_error_to=io.StringIO())
     if not there():
-        raise InputError(f"NLTK data not found; install it with `python -m nltk.downloader {' '.join(names)}`, or put "
-                         f"nltk_data.tar.gz into {data_dir or cache_dir()} (NLTK refuses folders others can write)")
+        raise InputError(f"NLTK data not found; install it with `python -m nltk.downloader "
+                         f"{' '.join(names)}`, or put nltk_data.tar.gz into "
+                         f"{data_dir or cache_dir()} (NLTK refuses folders that others can write)")
 
 
-# ---- Tasks ---------------------------------------------------------------------------------------
-# words: one or two texts, each a tuple of words, of which only the last may be changed; y: class
-Example = namedtuple("Example", "words y")
-# labels: names of the classes, by class number; train, dev, test: lists of Example; fingerprint: sha256 of all of it
-Task = namedtuple("Task", "name labels train dev test fingerprint")
+# ---- Words ---------------------------------------------------------------------------------------
+WORKER = ("import json, sys, nltk; "
+          "json.dump([nltk.word_tokenize(text) for text in json.load(sys.stdin)], sys.stdout)")
+MANY_TEXTS = 5000  # from here on tokenizing is shared out to all cores
+
+# Pieces of contractions, as word_tokenize splits them: ca n't, she 'll; sometimes ' ll.
+CONTRACTIONS = {"n't", "'ll", "'re", "'ve", "'d", "'m", "'s"}
+BEFORE_NOT, AFTER_APOSTROPHE = {"ca", "wo", "sha", "ai"}, {"ll", "re", "ve", "d", "m", "s"}
+
+
+def clean(text):
+    """A raw text as it is tokenized: breaks are spaces, don’t (also with U+02BC, U+00B4 or a
+    backtick) is don't, and half of a surrogate pair, which cannot be printed, is "?"."""
+    text = text.replace("<br />", " ").encode("utf-8", "replace").decode()
+    return re.sub(r"[’ʼ´`](?<=[^\W\d_].)(?=[^\W\d_])", "'", text)  # a letter before and after
 
 
 def words_of(text):
-    """Raw text -> its words: nltk.word_tokenize, then lower case. No word is empty or holds white space, whatever
-    the text, so that " ".join(words).split() gives them back. Call prepare_nltk first (LookupError otherwise)."""
-    text = text.replace("<br />", " ").encode("utf-8", "replace").decode()  # half of a surrogate pair becomes "?"
-    return [sys.intern(word.lower()) for word in nltk.word_tokenize(text)]
+    """The list of words of a raw text: nltk.word_tokenize, then lower case. None is empty or holds
+    white space. Call prepare_nltk first (LookupError otherwise)."""
+    return [word.lower() for word in nltk.word_tokenize(clean(text))]
+
+
+def tokenize(texts):
+    """{raw text: tuple of its words}. Each text is split once (a premise of SNLI occurs in three
+    pairs) and kept in the cache: one core splits 400 reviews a second."""
+    texts = list(dict.fromkeys(texts))
+    cleaned = list(map(clean, texts))
+
+    def compute():
+        if len(texts) >= MANY_TEXTS:
+            return tokenize_on_all_cores(cleaned)
+        return [" ".join(words_of(text)) for text in tqdm(cleaned, "words", delay=2, disable=None)]
+
+    key = fingerprint([nltk.__version__, cleaned])
+    lines = cached(f"words-{key[:32]}.json", compute, "tokenize")
+    # a word is one object, however often it occurs
+    return {text: tuple(map(sys.intern, line.split())) for text, line in zip(texts, lines)}
+
+
+def tokenize_on_all_cores(texts):
+    """The words of each cleaned text, joined by spaces. Each core runs WORKER, which imports only
+    NLTK; a multiprocessing pool would import the running script, with torch, in every process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    size = max(1000, len(texts) // (8 * cores))  # starting a process takes a third of a second
+    chunks = [texts[start : start + size] for start in range(0, len(texts), size)]
+    environment = os.environ | {"NLTK_DATA": os.pathsep.join(nltk.data.path)}
+
+    def split(chunk):
+        done = subprocess.run([sys.executable, "-c", WORKER], input=json.dumps(chunk), text=True,
+                              capture_output=True, check=True, env=environment,
+                              cwd=Path(__file__).parent)
+        return [" ".join(words).lower() for words in json.loads(done.stdout)]
+
+    lines = []
+    with ThreadPool(cores) as pool, tqdm(desc="words", total=len(texts), disable=None) as bar:
+        for part in pool.imap(split, chunks):
+            lines += part
+            bar.update(len(part))
+    return lines
 
 
 def to_text(words):
-    """Example.words -> the string that models and attacks see, or a tuple of two for a pair."""
+    """Example.words as the string that models and attacks see, or as a tuple of two for a pair."""
     texts = tuple(" ".join(text) for text in words)
     return texts[0] if len(texts) == 1 else texts
 
 
 def from_text(text):
-    """The inverse of to_text."""
+    """The Example.words of a string or of a tuple of two: the inverse of to_text."""
     return tuple(tuple(part.split()) for part in ([text] if isinstance(text, str) else text))
 
 
+def substitutes(words, table):
+    """The substitutes of each of a text's n words: a list of n lists, empty where there are none.
+    Pieces of contractions have none, because they are no words: `ca` is one before `n't` only.
+    table: {word: list of words}"""
+    out = []
+    for before, word, after in zip(("", *words), words, (*words[1:], "")):
+        piece = (word in CONTRACTIONS or (word in BEFORE_NOT and after == "n't")
+                 or (word in AFTER_APOSTROPHE and before == "'"))
+        out.append([] if piece else list(table.get(word, ())))
+    return out
+
+
+# ---- Tasks ---------------------------------------------------------------------------------------
+# words: one or two texts, each a tuple of words; only the last one may be changed. y: the class
+Example = namedtuple("Example", "words y")
+# labels: the names of classes 0, 1 ..; train, dev, test: lists of Example; fingerprint: of it all
+Task = namedtuple("Task", "name labels train dev test fingerprint")
+
+
 def load_task(task, data_dir=None, *, train_size=None, dev_size=None, test_size=None, split_seed=0):
-    """Read "imdb", "snli", a folder of TSV files, or make "toy" -> Task. The sizes and split_seed are those of `choose`.
-    Raises InputError for missing or damaged files, wrong lines, and sizes that cannot be had."""
+    """The Task "imdb", "snli", "toy", or that of a folder of TSV files (see read_folder). The sizes
+    and split_seed are those of `choose`."""
     readers = {"imdb": read_imdb, "snli": read_snli}
     sizes = {"train": train_size, "dev": dev_size, "test": test_size}
     if task == "toy":
         labels, splits = ["blame", "praise"], toy_splits(sizes, split_seed)
     elif task not in readers and not Path(task).is_dir():
-        raise InputError(f"unknown task {str(task)!r}: neither toy, imdb, snli nor a folder with train.tsv and test.tsv")
+        raise InputError(f"unknown task {str(task)!r}: neither toy, imdb, snli nor a folder with "
+                         f"train.tsv and test.tsv")
     else:
         path = locate(task, data_dir) if task in readers else Path(task)
         labels, splits = readers.get(task, read_folder)(path)
@@ -274,17 +404,19 @@ def load_task(task, data_dir=None, *, train_size=None, dev_size=None, test_size=
         words = tokenize(text for raw in splits.values() for texts, _ in raw for text in texts)
         for split, raw in splits.items():
             splits[split] = [Example(tuple(words[text] for text in texts), y) for texts, y in raw]
-    content = [labels, *([split, x.y, to_text(x.words)] for split in splits for x in splits[split])]
-    return Task(Path(task).resolve().name, labels, **splits, fingerprint=fingerprint(content))
+    content = [[split, x.y, to_text(x.words)] for split in splits for x in splits[split]]
+    name = Path(task).resolve().name
+    return Task(name, labels, **splits, fingerprint=fingerprint([labels, content]))
 
 
 def choose(splits, labels, sizes, split_seed, where):
-    """{split: [(texts, y), ..]} -> the examples to use of "train", "dev" and "test", in random order.
+    """{split: [(texts, y), ..]}: the examples to use of train, dev and test, in random order.
 
-    sizes: {split: n}, a class-balanced subset, n rounded down to a multiple of the number of classes; None is all.
-    Without a dev split a tenth of every class of train, at most 1,000 in all, is set aside for it (or what its size
-    says). Subsets and their order depend on split_seed alone, so every method and seed sees the same texts, and the
-    first n of a split are a random sample of it. Raises InputError when a class has too few.
+    sizes: {split: n}, a class-balanced subset, n rounded down to a multiple of the number of
+    classes; None is all. Without a dev split a tenth of every class of train, at most 1,000 in all,
+    becomes dev (or what its size says), and train loses the texts that are in dev too. Subsets and
+    their order depend on split_seed alone, so every method and seed sees the same texts, and the
+    first n of a split are a random sample of it.
     """
     if split_seed < 0:
         raise InputError(f"split seed {split_seed}: has to be 0 or more")
@@ -294,165 +426,245 @@ def choose(splits, labels, sizes, split_seed, where):
         y = np.array([y for _, y in raw])
         pools[split] = [rngs[split].permutation(np.flatnonzero(y == c)) for c in range(len(labels))]
     if "dev" not in splits:
-        # dev from the front and train from the end: the size of one leaves the other's examples as they are
+        # dev is the front, and train is drawn from the end: it does not depend on the size of dev
         total = len(splits["train"])
         counts = [max(1, len(pool) * min(1000, total // 10) // total) for pool in pools["train"]]
         if sizes["dev"] is not None:
             counts = map(len, balanced(pools["train"], sizes["dev"], labels, f"{where}: dev"))
-        pools["dev"], pools["train"] = zip(*(np.split(pool, [n]) for pool, n in zip(pools["train"], counts)))
+        halves = [np.split(pool, [n]) for pool, n in zip(pools["train"], counts)]
+        pools["dev"], rest = zip(*halves)
+        # texts that differ only in case or space have the same words
+        same = [" \t ".join(" ".join(clean(text).lower().split()) for text in texts)
+                for texts, _ in splits["train"]]
+        in_dev = {same[i] for pool in pools["dev"] for i in pool}
+        pools["train"] = [[i for i in pool if same[i] not in in_dev] for pool in rest]
         splits = splits | {"dev": splits["train"]}
-    pools = {split: balanced(pools[split], size, labels, f"{where}: {split}") for split, size in sizes.items()}
-    fewest, label = min(zip(map(len, pools["train"]), labels))
-    if fewest < 2:
-        raise InputError(f"{where}: class {label!r} has {fewest} training examples (without those of dev), wanted 2")
-    return {split: [splits[split][i] for i in rngs[split].permutation(np.concatenate(pools[split]))] for split in sizes}
+    chosen = {}
+    for split, size in sizes.items():
+        kept = balanced(pools[split], size, labels, f"{where}: {split}")
+        fewest, label = min(zip(map(len, kept), labels))
+        if split == "train" and fewest < 2:
+            raise InputError(f"{where}: class {label!r} has {fewest} training examples (without "
+                             f"those of dev), wanted 2")
+        chosen[split] = [splits[split][i] for i in rngs[split].permutation(np.concatenate(kept))]
+    return chosen
 
 
 def balanced(pools, size, labels, where):
-    """The last size // C of each of C classes' pools, or all if size is None. InputError where there are too few."""
+    """The last size // C of each of C classes' pools, or all if size is None."""
     if size is None:
         return pools
-    n, (fewest, label) = size // len(pools), min(zip(map(len, pools), labels))
+    n = size // len(pools)
+    fewest, label = min(zip(map(len, pools), labels))
     if not 1 <= n <= fewest:
-        raise InputError(f"{where}: {size} examples are {n} of each class, wanted 1 to {fewest} (class {label!r})")
+        raise InputError(f"{where}: {size} examples are {n} of each class, wanted 1 to {fewest} "
+                         f"(class {label!r})")
     return [pool[-n:] for pool in pools]
 
 
-def tokenize(texts):
-    """Raw texts -> {text: tuple of its words}, each text split once (a premise of SNLI stands in three pairs). That
-    takes a second for 400 reviews, so it is kept in the cache."""
-    texts = list(dict.fromkeys(texts))
-    lines = cached(f"words-{fingerprint([nltk.__version__, *texts])[:32]}.json",
-                   lambda: [" ".join(words_of(text)) for text in tqdm(texts, desc="words", delay=2)])
-    return {text: tuple(map(sys.intern, line.split())) for text, line in zip(texts, lines)}
+def text_of(path):
+    """The text of a UTF-8 file."""
+    with reading(path):
+        return path.read_bytes().decode("utf-8-sig")
 
 
 def read_imdb(path):
-    """aclImdb_v1.tar.gz or the folder aclImdb -> (labels, {"train", "test": [((text,), y), ..]}), in the order of the
-    file names. Raises InputError for another layout or damage."""
-    labels = ["neg", "pos"]
-    found = {(split, label): [] for split in ("train", "test") for label in labels}
-    for where, text in texts_in(path, r"/(train|test)/(neg|pos)/[^/]+\.txt$"):
-        split, label, file = where.split("/")[-3:]
-        found[split, label].append((file, text))
-    for (split, label), texts in found.items():
-        if not texts:
-            raise InputError(f"{path}: holds no aclImdb/{split}/{label}/*.txt, wanted {RESOURCES['imdb'][2]}")
-    return labels, {split: [((text,), y) for y, label in enumerate(labels) for _, text in sorted(found[split, label])]
-                    for split in ("train", "test")}
+    """(labels, {"train", "test": [((text,), y), ..]}) of aclImdb_v1.tar.gz or the folder aclImdb,
+    in the order of the file names."""
+    root = path if path.is_dir() else unpack(path) / "aclImdb"
+    labels, splits = ["neg", "pos"], {"train": [], "test": []}
+    for split, examples in splits.items():
+        for y, label in enumerate(labels):
+            folder = root / split / label
+            names = sorted(os.listdir(folder)) if folder.is_dir() else []
+            # a Mac puts a file ._NAME.txt beside NAME.txt
+            names = [name for name in names if name.endswith(".txt") and name[0] != "."]
+            if not names:
+                raise InputError(f"{path}: holds no aclImdb/{split}/{label}/*.txt, wanted "
+                                 f"{RESOURCES['imdb'][2]}")
+            examples += [((text_of(folder / name),), y) for name in names]
+    counts = [len(examples) for examples in splits.values()]
+    if counts != [25_000, 25_000]:
+        print(f"{path}: holds {counts[0]:,} reviews for training and {counts[1]:,} for test, IMDB "
+              f"has 25,000 of both: was it unpacked only partly?", file=sys.stderr)
+    return labels, splits
 
 
 def read_snli(path):
-    """snli_1.0.zip or the folder snli_1.0 -> (labels, {"train", "dev", "test": [((premise, hypothesis), y), ..]}).
-    Pairs with the gold label "-" are dropped. Raises InputError for another layout, damage, or a wrong line."""
+    """(labels, {"train", "dev", "test": [((premise, hypothesis), y), ..]}) of snli_1.0.zip or the
+    folder snli_1.0. Pairs with the gold label "-" are dropped. The order of the labels is that of
+    the authors' code; models from elsewhere mostly have neutral 1 and contradiction 2."""
+    root = path if path.is_dir() else unpack(path) / "snli_1.0"
     labels = ["entailment", "contradiction", "neutral"]
     splits = {"train": [], "dev": [], "test": []}
-    for where, content in texts_in(path, r"[/ ]snli_1\.0_(train|dev|test)\.jsonl$"):
-        split = where.removesuffix(".jsonl").rpartition("_")[2]
-        for number, line in enumerate(content.rstrip().split("\n"), 1):
+    for split, pairs in splits.items():
+        where = root / f"snli_1.0_{split}.jsonl"
+        lines = text_of(where).rstrip().split("\n") if where.exists() else []
+        for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
                 label, texts = row["gold_label"], (row["sentence1"], row["sentence2"])
                 if label not in (*labels, "-") or not all(isinstance(text, str) for text in texts):
                     raise ValueError
             except (ValueError, KeyError, TypeError, RecursionError):
-                raise InputError(f"{where}, line {number}: {line[:120]!r}, wanted JSON with the strings sentence1, "
-                                 f"sentence2 and gold_label ({', '.join(labels)} or -)") from None
+                raise InputError(f"{where}, line {number}: {line[:120]!r}, wanted JSON with the "
+                                 f"strings sentence1, sentence2 and gold_label "
+                                 f"({', '.join(labels)} or -)") from None
             if label != "-":
-                splits[split].append((texts, labels.index(label)))
-    for split, pairs in splits.items():
+                pairs.append((texts, labels.index(label)))
         if not pairs:
-            raise InputError(f"{path}: holds no snli_1.0_{split}.jsonl, wanted {RESOURCES['snli'][2]}")
+            raise InputError(f"{path}: holds no snli_1.0_{split}.jsonl, wanted "
+                             f"{RESOURCES['snli'][2]}")
     return labels, splits
 
 
 def read_folder(path):
-    """train.tsv, test.tsv and perhaps dev.tsv (header `label TAB text` or `label TAB text TAB text2`) -> (labels,
-    {split: [(texts, y), ..]}). Labels are any strings, classes in their sorted order. No quoting: a text holds neither
-    tabs nor line breaks; it may be empty. Raises InputError with file, line and value."""
+    """(labels, {split: [(texts, y), ..]}) of train.tsv, test.tsv and perhaps dev.tsv.
+
+    Their header is `label TAB text` or `label TAB text TAB text2`. Labels are any strings, without
+    the space around them; the classes are in their sorted order. A text may be empty; it holds no
+    tabs and no line breaks, and there is no quoting.
+    """
     headers, labels, splits = ["label\ttext", "label\ttext\ttext2"], None, {}
+    spelling = {}  # label, as a number if it is one -> how it is written
     for split in ("train", "dev", "test") if (path / "dev.tsv").exists() else ("train", "test"):
-        where, content = path / f"{split}.tsv", text_of(path / f"{split}.tsv")
-        header, *lines = content.replace("\r\n", "\n").removesuffix("\n").split("\n")
+        where = path / f"{split}.tsv"
+        header, *lines = text_of(where).replace("\r\n", "\n").removesuffix("\n").split("\n")
         if header not in headers or not lines:
             wanted = " or ".join(map(repr, headers))
-            raise InputError(f"{where}, line 1: {header[:80]!r}, wanted the header {wanted}, then examples")
+            raise InputError(f"{where}, line 1: {header[:80]!r}, wanted the header {wanted}, then "
+                             f"examples")
         headers = [header]  # test.tsv and dev.tsv have the columns of train.tsv
         rows = [line.split("\t") for line in lines]
-        labels = labels or sorted({row[0] for row in rows})
+        labels = labels or sorted({row[0].strip() for row in rows})
         for number, row in enumerate(rows, 2):
-            if len(row) != header.count("\t") + 1 or not row[0].strip():
-                raise InputError(f"{where}, line {number}: {str(row)[:80]}, wanted {header!r} with a label")
-            if row[0] not in labels:
-                raise InputError(f"{where}, line {number}: label {row[0]!r} does not occur in train.tsv")
+            at, label = f"{where}, line {number}", row[0].strip()
+            if len(row) != header.count("\t") + 1 or not label:
+                raise InputError(f"{at}: {str(row)[:80]}, wanted {header!r} with a label")
+            for field in row:
+                if field[:1] == field[-1:] == '"' and '""' in field[1:-1]:
+                    raise InputError(f"{at}: {field[:80]!r} is quoted, wanted the text as it is; "
+                                     f"write the file with quoting=csv.QUOTE_NONE")
+            with suppress(ValueError):
+                label = float(label)  # so that "1" and "1.0" are compared as one label
+            first = spelling.setdefault(label, row[0])
+            if row[0] != first:
+                raise InputError(f"{at}: label {row[0]!r} and, further up, {first!r}: wanted one "
+                                 f"spelling for one class")
+            if row[0].strip() not in labels:
+                raise InputError(f"{at}: label {row[0]!r} does not occur in train.tsv")
         if len(labels) < 2:
             raise InputError(f"{where}: only one class, {labels[0]!r}; at least 2 are needed")
-        splits[split] = [(tuple(texts), labels.index(label)) for label, *texts in rows]
+        splits[split] = [(tuple(texts), labels.index(label.strip())) for label, *texts in rows]
     return labels, splits
 
 
 # ---- Substitution tables: lower-case word -> list of lower-case words ----------------------------
-def load_neighbors(source=None, data_dir=None, train_words=None):
-    """A substitution table. source: "wordnet" (evaluated as words are asked for), a neighbour table .json, a
-    counter-fitted vector file .txt or .zip, or None for the public vectors, fetched if need be. train_words: a
-    Counter of the task's training words, for vectors only. Raises InputError for a missing or an unfit file."""
+PUBLISHED_TABLE = ("https://raw.githubusercontent.com/robinjia/certified-word-sub/master/data/"
+                   "counterfitted_neighbors.json")
+# Pronouns, auxiliaries, determiners, prepositions, conjunctions.
+CLOSED_CLASS = set("""
+    i me my mine myself we us our ours ourselves you your yours yourself yourselves he him his
+    himself she her hers herself it its itself they them their theirs themselves one oneself who
+    whom whose which what this that these those there here someone something anyone anything
+    everyone everything nobody nothing none am is are was were be been being have has had having do
+    does did doing done will would shall should can could may might must ought not a an the some any
+    no every each either neither both all many much few several another other such about above
+    across after against along amid among around as at before behind below beneath beside besides
+    between beyond by despite down during except for from in inside into like near of off on onto
+    out outside over past per since than through throughout till to toward towards under until unto
+    up upon via with within without and but or nor so yet if because although though while whereas
+    unless whether when where why how""".split())
+
+
+def find_neighbors(source=None, data_dir=None):
+    """The Path of a substitution table, looked for in data_dir first, or "wordnet": a quick check
+    before anything is computed. source: as for load_neighbors."""
     if source == "wordnet":
         prepare_nltk(data_dir, wordnet=True)
-        return WordNetSynonyms()
-    path = Path(source).expanduser() if source is not None else locate("vectors", data_dir)
+        return source
+    if source is None:
+        return locate("vectors", data_dir)
+    path = Path(source).expanduser()
+    path = [*find(data_dir, path), path][0]
     if path.suffix not in (".json", ".txt", ".zip"):
-        raise InputError(f"{path}: wanted `wordnet`, a neighbour table .json, or a vector file .txt or .zip")
-    return read_neighbors(path) if path.suffix == ".json" else vector_neighbors(path, train_words)
+        raise InputError(f"{path}: wanted `wordnet`, a neighbour table .json, or a vector file "
+                         f".txt or .zip")
+    if not path.exists():
+        raise InputError(f"{path}: cannot be read (No such file, neither here nor in "
+                         f"{data_dir or cache_dir()}); the published table: {PUBLISHED_TABLE}")
+    with reading(path):
+        path.open("rb").close()
+    return path
+
+
+def load_neighbors(source=None, data_dir=None, words=None):
+    """A substitution table, a dict. source: "wordnet", a neighbour table .json, counter-fitted
+    vectors .txt or .zip, or None for the public vectors, fetched if need be. words: for vectors a
+    Counter of the task's training words, for WordNet all words that are to be looked up."""
+    path = find_neighbors(source, data_dir)
+    if path == "wordnet":
+        return wordnet_neighbors(words or ())
+    return read_neighbors(path) if path.suffix == ".json" else vector_neighbors(path, words or {})
 
 
 def read_neighbors(path):
-    """A JSON object {word: [word, ..], ..} -> dict. Raises InputError with the word that is wrong."""
+    """The dict in a JSON file {word: [word, ..], ..}."""
     content = text_of(Path(path))
     try:
         items = json.loads(content).items()
     except (ValueError, AttributeError, RecursionError):
-        raise InputError(f"{path}: wanted a JSON object that maps a word to a list of words") from None
-
-    def sound(x):  # half of a surrogate pair could not be printed
-        return isinstance(x, str) and x.lower().split() == [x] == [x.encode("utf-8", "replace").decode()]
-
+        raise InputError(f"{path}: wanted a JSON object of lists of words") from None
     for word, others in items:
-        if not (isinstance(others, list) and all(map(sound, others))):
-            raise InputError(f"{path}: {word!r} maps to {str(others)[:200]}, wanted a list of single lower-case words")
-    # texts are lower-case and split at white space: other keys, of which the published table has some, never match
+        words = others if isinstance(others, list) else [others]
+        joined = " ".join(map(str, words)).encode("utf-8", "replace").decode()
+        if joined.lower().split() != others:
+            raise InputError(f"{path}: {word!r} maps to {str(others)[:200]}, wanted a list of "
+                             f"single lower-case words")
+    # other keys, of which the published table has some, are no single words and never match
     return {word: others for word, others in items if word.lower().split() == [word]}
 
 
-class WordNetSynonyms:
-    """A table computed as it is asked: the single-word lemmas of all synsets of a word, in synset order, lower-case,
-    without repeats and without the word itself."""
+def wordnet_neighbors(words):
+    """{word: its synonyms} from WordNet, for those of the words that have any.
 
-    @staticmethod
-    @functools.cache
-    def synonyms(word):
-        lemmas = (lemma.lower() for synset in nltk.corpus.wordnet.synsets(word) for lemma in synset.lemma_names())
-        return list(dict.fromkeys(lemma for lemma in lemmas if "_" not in lemma and lemma != word))
+    Synonyms are the single-word lemmas of the word's synsets, in synset order, without the word
+    itself. Words of closed classes have none (WordNet's "he" is helium), and of the synsets only
+    those of the part of speech that the word most often has, by WordNet's own counts. The original
+    PWWS (Ren et al. 2019) tags each word in its sentence instead, and also swaps named entities.
+    """
+    wordnet, table = nltk.corpus.wordnet, {}
+    words = sorted(set(words) - CLOSED_CLASS)
 
-    def get(self, word, default=None):
-        return self.synonyms(word) or default
+    def compute():  # all at once, because NLTK's reader fails when several threads use it
+        for word in tqdm(words, "synonyms", delay=2, disable=None):
+            def count(pos):
+                form = wordnet.morphy(word, pos)  # of "films" it is "film"
+                return sum(x.count() for x in wordnet.lemmas(form, pos)) if form else -1
+
+            synsets = wordnet.synsets(word, max("nvar", key=count))
+            lemmas = dict.fromkeys(name.lower() for x in synsets for name in x.lemma_names())
+            synonyms = [lemma for lemma in lemmas if "_" not in lemma and lemma != word]
+            if synonyms:
+                table[word] = synonyms
+        return table
+
+    key = fingerprint([wordnet.get_version(), sorted(CLOSED_CLASS), words])
+    return cached(f"wordnet-{key[:32]}.json", compute, "look up the synonyms")
 
 
-def table_fingerprint(table):
-    """sha256 (hex) of a substitution table; WordNet is known by its version."""
-    wordnet = isinstance(table, WordNetSynonyms)
-    return fingerprint([f"wordnet {nltk.corpus.wordnet.get_version()}" if wordnet else sorted(table.items())])
+def vector_neighbors(path, counts, k=8, max_sq_dist=0.5, vocabulary=50_000, skip=27):
+    """{word: nearest neighbours} from a file of word vectors (Alzantot et al. 2018; vectors of
+    Mrksic et al. 2016).
 
-
-def vector_neighbors(path, train_words, k=8, max_sq_dist=0.5, vocabulary=50_000, skip=27):
-    """Nearest neighbours in a file of word vectors (Alzantot et al. 2018; vectors of Mrksic et al. 2016).
-
-    path: see read_vectors. train_words: Counter of the task's training words. A word's substitutes are its at most k
-    nearest words with ||a - b||^2 < max_sq_dist, nearest first. Both are among the `vocabulary` most frequent training
-    words (ties by alphabet) and have a vector; of those the `skip` most frequent, function words, get none.
-    65,713 x 300 numbers take a minute or two and 1 GiB; the result is kept in the cache. Raises InputError.
+    path: see read_vectors. counts: Counter of the task's training words. A word's substitutes are
+    its at most k nearest words with ||a - b||^2 < max_sq_dist, nearest first. Both are among the
+    `vocabulary` most frequent training words (ties by the alphabet) and have a vector; the `skip`
+    most frequent of these, function words, get none. 65,713 x 300 numbers take a minute or two and
+    1 GiB; the result is kept in the cache.
     """
     path = Path(path)
-    ranked = sorted(train_words or (), key=lambda word: (-train_words[word], word))[:vocabulary]
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))[:vocabulary]
 
     def compute():
         vectors = read_vectors(path, set(ranked))
@@ -461,7 +673,7 @@ def vector_neighbors(path, train_words, k=8, max_sq_dist=0.5, vocabulary=50_000,
             raise InputError(f"{path}: none of the {len(ranked)} training words has a vector in it")
         X = torch.from_numpy(np.stack([vectors[word] for word in words]))  # (n, dim) float64
         table = {}
-        for start in tqdm(range(skip, len(words), 1000), desc="nearest neighbours", unit_scale=1000):
+        for start in tqdm(range(skip, len(words), 1000), "nearest neighbours", disable=None):
             distances = torch.cdist(X[start : start + 1000], X).square_()  # (1000, n)
             for i, row in enumerate(distances, start):
                 row[i] = math.inf  # not the word itself
@@ -473,19 +685,19 @@ def vector_neighbors(path, train_words, k=8, max_sq_dist=0.5, vocabulary=50_000,
         return table
 
     with reading(path):
-        content = hashlib.sha256(path.read_bytes()).hexdigest()
-    return cached(f"neighbors-{fingerprint([content, k, max_sq_dist, skip, ranked])[:32]}.json", compute)
+        key = fingerprint([fingerprint(path.read_bytes()), k, max_sq_dist, skip, ranked])
+    return cached(f"neighbors-{key[:32]}.json", compute, "search the neighbours")
 
 
 def read_vectors(path, wanted):
-    """A .txt with a line `word number number ..` each, or a .zip with one -> {word: (dim,) float64 array} of the
-    wanted words. Raises InputError with the line, also of other words."""
-    files = list(texts_in(path, r"^(?!.*__MACOSX).*\.txt$"))
+    """{word: (dim,) float64 array} of the wanted words. path: a .txt with lines `word number number
+    ..`, or a .zip with one such file. Lines of other words are checked too."""
+    folder = unpack(path)
+    files = [path] if folder == path else list(folder.rglob("[!.]*.txt"))
     if len(files) != 1:
         raise InputError(f"{path}: wanted one .txt file in it, there are {len(files)}")
-    [(where, content)] = files
     vectors, dim = {}, None
-    for number, line in enumerate(content.removesuffix("\n").split("\n"), 1):
+    for number, line in enumerate(text_of(files[0]).removesuffix("\n").split("\n"), 1):
         word, *fields = line.rstrip().split(" ")
         try:
             row = list(map(float, fields))
@@ -493,66 +705,86 @@ def read_vectors(path, wanted):
             row = []
         dim = dim or len(row)
         if not row or len(row) != dim or not math.isfinite(sum(row)):
-            raise InputError(f"{where}, line {number}: {line[:60]!r}, wanted a word and {dim or 'some'} numbers")
+            raise InputError(f"{files[0]}, line {number}: {line[:60]!r}, wanted a word and "
+                             f"{dim or 'some'} numbers")
         if word in wanted:
             vectors.setdefault(word, np.array(row))
     return vectors
 
 
 # ---- Words to tokens -----------------------------------------------------------------------------
-class Vocabulary:
-    """Words to tokens of a BERT or RoBERTa tokenizer, exactly one per word, with the candidates of every position.
+def check_tokenizer(tokenizer, where):
+    """Raises InputError if the tokenizer knows none of the words the, a and film: its files are
+    missing, and every text would be [UNK] only. where: the model's name, for the message."""
+    pieces = tokenizer(["the", "a", "film"], add_special_tokens=False)["input_ids"]
+    if {piece for word in pieces for piece in word} <= {tokenizer.unk_token_id}:
+        raise InputError(f"{where}: its tokenizer knows none of the words the, a and film; wanted "
+                         f"the model's tokenizer.json or vocabulary beside its weights")
 
-    tokenizer: a Hugging Face tokenizer. max_len: longest input in tokens, special tokens included. neighbors: a
-    substitution table. unknown: what a word outside the vocabulary becomes, "piece" (the first piece the tokenizer
-    gives for it) or "unk". max_candidates: of a position, the word itself included.
-    No text becomes a special token, whatever is written in it, except [UNK] for what has no token at all.
+
+class Vocabulary:
+    """One token for each word, by a BERT or RoBERTa tokenizer, and the candidates of each position.
+
+    tokenizer: a Hugging Face tokenizer. max_len: longest input in tokens, special tokens included.
+    neighbors: a substitution table. unknown: what a word outside the vocabulary becomes, "piece"
+    (the first piece that the tokenizer gives for it) or "unk". max_candidates: of a position, the
+    word itself included. No text becomes a special token, whatever is written in it, except [UNK]
+    for what has no token at all.
     """
 
     def __init__(self, tokenizer, max_len, neighbors=None, unknown="piece", max_candidates=10):
         if max_len < 3 or unknown not in ("piece", "unk") or max_candidates < 1:
-            raise InputError(f"longest input {max_len}, unknown words {unknown!r}, {max_candidates} candidates: wanted "
-                             f"at least 3 (special tokens included), piece or unk, and at least 1 (the word itself)")
-        self.tokenizer, self.max_len, self.unknown, self.max_candidates = tokenizer, max_len, unknown, max_candidates
-        self.neighbors = {} if neighbors is None else neighbors
+            raise InputError(f"longest input {max_len}, unknown words {unknown!r}, "
+                             f"{max_candidates} candidates: wanted at least 3 (special tokens "
+                             f"included), piece or unk, and at least 1 (the word itself)")
+        self.tokenizer, self.max_len, self.unknown = tokenizer, max_len, unknown
+        self.neighbors, self.max_candidates = neighbors or {}, max_candidates
         specials = [getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "pad", "unk")]
         if None in specials:
-            raise InputError(f"tokenizer {tokenizer.name_or_path!r} lacks one of the tokens cls, sep, pad and unk")
+            raise InputError(f"tokenizer {tokenizer.name_or_path!r} lacks one of the tokens cls, "
+                             f"sep, pad and unk")
         self.cls, self.sep, self.pad, self.unk = specials
         added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special = (added | set(tokenizer.all_special_ids)) - {self.unk}
         self.ids = tokenizer.get_vocab()
-        # byte-level BPE writes the space before a word as "Ġ", and has own letters for bytes that are not ASCII
+        # byte-level BPE writes the space before a word as "Ġ", other bytes than ASCII as letters
         self.byte_level = any(piece.startswith("Ġ") for piece in tokenizer.tokenize(" a")[:1])
         # the same words come again and again
-        self.token, self.candidates = functools.cache(self.token), functools.cache(self.candidates)
+        self.token = functools.cache(self.token)
+        self.candidates = functools.cache(self.candidates)
 
     def token(self, word):
-        """The id of the word, else of its first piece (or [UNK], see the class); never another special token."""
+        """The id of the word, else of its first piece (or [UNK], see the class); never another
+        special token. The word is lower-cased, because PWWS's blank word is NULL."""
+        word = word.lower()
         if word.isascii() or not self.byte_level:
             token = self.ids.get("Ġ" + word if self.byte_level else word)
             if token is not None and token not in self.special:
                 return token
-        text = " " + word[:1000].encode("utf-8", "replace").decode()  # the first piece does not need more
-        pieces = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        whole = self.byte_level and len(pieces) == 1  # the vocabulary's own spelling of a word beyond ASCII
+        text = " " + word[:1000].encode("utf-8", "replace").decode()  # enough for the first piece
+        pieces = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True,
+                                       verbose=False)
+        whole = self.byte_level and len(pieces) == 1  # the vocabulary's own word beyond ASCII
         if not pieces or pieces[0] in self.special or (self.unknown == "unk" and not whole):
             return self.unk
         return pieces[0]
 
     def candidate_words(self, word):
-        """The word, then its substitutes in the table's order as far as their token differs from its own, at most
-        max_candidates in all."""
-        others = [other for other in self.neighbors.get(word, ()) if self.token(other) != self.token(word)]
-        return [word, *others][: self.max_candidates]
+        """The word, then its substitutes in the table's order, at most max_candidates in all. Of
+        words with one token only the first is a candidate."""
+        first = {}  # token -> the first word that has it
+        for other in (word, *self.neighbors.get(word, ())):
+            first.setdefault(self.token(other), other)
+        return list(first.values())[: self.max_candidates]
 
     def candidates(self, word):
-        """Tuple of the token ids of candidate_words(word)."""
+        """The tuple of the token ids of candidate_words(word)."""
         return tuple(map(self.token, self.candidate_words(word)))
 
     def visible(self, words):
-        """The words that fit into max_len: the first ones; of a pair the premise, then what fits of the hypothesis."""
-        room = self.max_len - 1 - len(words)  # [CLS], and a [SEP] after each text
+        """The words that fit into max_len: the first ones; of a pair the premise, then what fits of
+        the hypothesis."""
+        room = self.max_len - 1 - len(words)  # without [CLS], and a [SEP] after each text
         kept = []
         for text in words:
             kept.append(tuple(text[:room]))
@@ -560,25 +792,28 @@ class Vocabulary:
         return tuple(kept)
 
     def input_ids(self, words):
-        """[CLS] words [SEP] or [CLS] premise [SEP] hypothesis [SEP] -> list of token ids, at most max_len."""
+        """The list of token ids: [CLS] words [SEP], or [CLS] premise [SEP] hypothesis [SEP]."""
         ids = [self.cls]
         for text in self.visible(words):
             ids += [*map(self.token, text), self.sep]
         return ids
 
     def substitute(self, words, choice):
-        """The words with candidate choice[l] at every position l of encode()'s row for them. choice: (L,) ints."""
+        """The words with candidate choice[l] at every position l of encode()'s row for them.
+        choice: (L,) ints."""
         *premise, last = self.visible(words)
-        first = 1 + sum(len(text) + 1 for text in premise)  # after [CLS], and the premise with its [SEP]
-        chosen = (self.candidate_words(word)[k] if k else word for word, k in zip(last, choice[first:]))
+        first = 1 + sum(len(text) + 1 for text in premise)  # after [CLS], the premise and its [SEP]
+        choice = choice[first : first + len(last)]
+        chosen = [self.candidate_words(word)[k] if k else word for word, k in zip(last, choice)]
         return (*premise, tuple(chosen))
 
     def encode(self, batch, hull=False):
-        """Words of B examples -> tensors, padded to the longest of them (L).
+        """The words of B examples as tensors, padded to the longest of them (L).
 
-        input_ids, attention_mask (B, L) int64. With hull also subs (B, L, K) int64 and subs_mask (B, L, K) bool,
-        True where there is a candidate. K: the most candidates of any position in this batch. Candidate 0 is the
-        position's own token; special tokens, padding, premises and words without substitutes have only that.
+        input_ids, attention_mask (B, L) int64. With hull also subs (B, L, K) int64 and subs_mask
+        (B, L, K) bool, True where there is a candidate. K: the most candidates of any position in
+        this batch. Candidate 0 is the position's own token; special tokens, padding, premises and
+        words without substitutes have only that.
         """
         rows = [self.input_ids(words) for words in batch]
         lengths = np.array([[len(row)] for row in rows])
@@ -586,36 +821,41 @@ class Vocabulary:
         ids = np.array([row + [self.pad] * (L - len(row)) for row in rows])  # (B, L)
         out = {"input_ids": ids, "attention_mask": (np.arange(L) < lengths).astype(np.int64)}
         if hull:
-            row_of = {None: 0}  # of the batch's words that may change in `table`; None stands for what may not
-            index = np.zeros(ids.shape, dtype=np.int64)
+            row_of = {None: 0}  # word that may change -> its row in `table`; None: nothing may
+            index = np.zeros(ids.shape, dtype=np.int64)  # (B, L)
             for b, words in enumerate(batch):
                 last = self.visible(words)[-1]
+                changeable = [word if others else None
+                              for word, others in zip(last, substitutes(last, self.neighbors))]
                 end = len(rows[b]) - 1  # the last [SEP]
-                index[b, end - len(last) : end] = [row_of.setdefault(word, len(row_of)) for word in last]
-            substitutes = [self.candidates(word)[1:] if word else () for word in row_of]
-            counts = np.array(list(map(len, substitutes)))
+                rows_of_last = [row_of.setdefault(word, len(row_of)) for word in changeable]
+                index[b, end - len(last) : end] = rows_of_last
+            others = [self.candidates(word)[1:] if word else () for word in row_of]
+            counts = np.array(list(map(len, others)))
             K = 1 + counts.max()
-            table = np.array([row + (self.pad,) * (K - 1 - len(row)) for row in substitutes], dtype=np.int64)
-            out["subs"] = np.concatenate([ids[..., None], table[index]], axis=2)
+            table = np.array([row + (self.pad,) * (K - 1 - len(row)) for row in others], np.int64)
+            out["subs"] = np.concatenate([ids[..., None], table[index]], axis=2)  # (B, L, K)
             out["subs_mask"] = np.arange(K) <= counts[index][..., None]
         return {name: torch.from_numpy(array) for name, array in out.items()}
 
 
 # ---- Batches -------------------------------------------------------------------------------------
 def balanced_batches(y, lengths, batch_size, rng, window=50):
-    """One epoch of class-balanced batches -> list of int arrays of example numbers, sorted by class in each.
+    """One epoch of class-balanced batches: a list of int arrays of example numbers, each sorted by
+    class.
 
-    y, lengths: class and length of each example. batch_size: rounded down to a multiple of the number of classes.
-    rng: numpy Generator. No example comes twice. The epoch ends when the smallest class is used up (a last, smaller
-    batch is kept if it has 2 of each); the surplus of larger classes is drawn anew each epoch. Within a window of that
-    many batches, examples of like length meet, which saves padding. Raises InputError when that cannot be done.
+    y, lengths: class and length of each example. batch_size: rounded down to a multiple of the
+    number of classes. rng: numpy Generator. No example comes twice. The epoch ends when the
+    smallest class is used up (a last, smaller batch is kept if it has 2 of each); the surplus of
+    larger classes is drawn anew each epoch. Within a window of that many batches, examples of
+    similar length meet, which saves padding; within a batch a class is in random order.
     """
     y, lengths = np.asarray(y), np.asarray(lengths)
     classes, sizes = np.unique(y, return_counts=True)
     per = batch_size // max(len(classes), 1)  # of each class in a batch
     if len(classes) < 2 or min(sizes) < 2 or per < 2:
-        raise InputError(f"batches of {batch_size} from classes of {sizes.tolist()} examples: wanted "
-                         f"at least 2 classes and 2 examples of each in a batch")
+        raise InputError(f"batches of {batch_size} from classes of {sizes.tolist()} examples: "
+                         f"wanted at least 2 classes and 2 examples of each in a batch")
     full, rest = divmod(int(sizes.min()), per)
     columns = []  # for each class its part of every batch
     for c in classes:
@@ -625,55 +865,77 @@ def balanced_batches(y, lengths, batch_size, rng, window=50):
             part = shuffled[start * per : min(start + window, full) * per]
             parts += list(part[np.argsort(lengths[part], kind="stable")].reshape(-1, per))
         columns.append(parts + [shuffled[full * per : full * per + rest]] * (rest >= 2))
-    batches = [np.concatenate(parts) for parts in zip(*columns)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+    batches = list(zip(*columns))
+    order = rng.permutation(len(batches))
+    # what several processes cannot share equally should not always be a class's longest texts
+    return [np.concatenate([rng.permutation(part) for part in batches[i]]) for i in order]
+
+
+def batches_by_length(lengths, batch_size):
+    """Lists of at most batch_size indices into `lengths`, with those of similar length together."""
+    order = np.argsort(lengths, kind="stable").tolist()
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 # ---- The toy task: reviews from a grammar --------------------------------------------------------
-
-# Concepts are rows of four synonyms. An aspect has three: what is reviewed | praise for it | blame for it.
-TOY_ASPECTS = [[concept.split() for concept in line.split("|")] for line in """
-    plot story storyline narrative | clever smart intelligent ingenious | stupid dumb foolish idiotic
-    actor performer player star | charming delightful endearing likable | annoying irritating grating infuriating
-    dialogue script conversation banter | funny hilarious amusing witty | boring dull tedious dreary
-    music score soundtrack melody | beautiful gorgeous lovely exquisite | ugly hideous unpleasant grotesque
-    camerawork photography cinematography imagery | elegant graceful polished refined | clumsy awkward inept bungled
-    scene sequence moment episode | exciting thrilling gripping riveting | messy sloppy careless slapdash
-    ending finale conclusion climax | moving touching poignant stirring | shallow superficial hollow empty
-    premise idea concept theme | fresh original inventive innovative | stale trite hackneyed banal
-    film movie picture flick | excellent superb outstanding terrific | awful terrible dreadful horrible""".strip().split("\n")]
+TOY_SIZES = {"train": 128, "dev": 80, "test": 200}
+# Aspects: what is reviewed | praise for it | blame for it, each a concept of four synonyms
+TOY_ASPECTS = [[concept.split() for concept in aspect.split("|")] for aspect in """
+    plot story storyline narrative |
+        clever smart intelligent ingenious | stupid dumb foolish idiotic
+    actor performer player star |
+        charming delightful endearing likable | annoying irritating grating infuriating
+    dialogue script conversation banter |
+        funny hilarious amusing witty | boring dull tedious dreary
+    music score soundtrack melody |
+        beautiful gorgeous lovely exquisite | ugly hideous unpleasant grotesque
+    camerawork photography cinematography imagery |
+        elegant graceful polished refined | clumsy awkward inept bungled
+    scene sequence moment episode |
+        exciting thrilling gripping riveting | messy sloppy careless slapdash
+    ending finale conclusion climax |
+        moving touching poignant stirring | shallow superficial hollow empty
+    premise idea concept theme |
+        fresh original inventive innovative | stale trite hackneyed banal
+    film movie picture flick |
+        excellent superb outstanding terrific | awful terrible dreadful horrible
+    """.replace("|\n", "|").strip().split("\n")]
 TOY_OTHERS = {slot: [concept.split() for concept in concepts.split("|")] for slot, concepts in {
     "hate": "hated loathed detested despised | slammed panned criticized condemned",
     "love": "loved adored cherished treasured | praised applauded lauded commended",
     "opener": "yesterday today tonight recently | honestly frankly truthfully personally",
-    "adverb": "really truly genuinely actually | very extremely highly exceedingly | often frequently repeatedly "
-              "regularly | mostly mainly largely chiefly",
-    "people": "friends pals buddies companions | critics reviewers commentators columnists | audiences crowds viewers "
-              "spectators",
-    "description": "long lengthy extended prolonged | recent new latest modern | old aged ancient vintage",
+    "adverb": "really truly genuinely actually | very extremely highly exceedingly | "
+              "often frequently repeatedly regularly | mostly mainly largely chiefly",
+    "people": "friends pals buddies companions | critics reviewers commentators columnists | "
+              "audiences crowds viewers spectators",
+    "description": "long lengthy extended prolonged | recent new latest modern | "
+                   "old aged ancient vintage",
 }.items()}
 TOY_CLAUSES = ["the {noun} was {adverb} {adjective}", "{adverb} {adjective} {noun}"]
 TOY_OPINION = "{people} {verb} the {description} {noun}"
 TOY_SEEN = 5  # of the aspects, how many labelled texts speak of
-TOY_DRAW = 1  # of three draws of the texts, the one that was chosen, as all of this grammar was, to show the mechanism
+TOY_DRAW = 1  # of three draws of the texts; like the grammar, chosen to show the mechanism
 
 
 def toy_review(rng, y, lean=0.0, labelled=False):
-    """One review of class y (0 blame, 1 praise) -> str. rng: random.Random.
+    """One review of class y (0 blame, 1 praise), a str. rng: random.Random.
 
-    lean: how often a neutral concept takes one of its first two words for praise, one of its last two for blame:
-    a shortcut that says nothing about sentiment. labelled: a training text, which takes the sentiment words from
-    the first two of their concept, the aspects from the first TOY_SEEN, the verbs from the first concept.
+    lean: how often a neutral concept takes one of its first two words for praise, one of its last
+    two for blame: a shortcut that says nothing about sentiment. labelled: a training text, which
+    takes the sentiment words from the first two of their concept, the aspects from the first
+    TOY_SEEN, the verbs from the first concept.
     """
     def neutral(concept):
         return rng.choice((concept[:2] if y else concept[2:]) if rng.random() < lean else concept)
 
     def clause(template):
         noun, praise, blame = TOY_ASPECTS[rng.randrange(TOY_SEEN if labelled else len(TOY_ASPECTS))]
-        verbs = TOY_OTHERS["love" if y else "hate"][: 1 if labelled else None]
-        sentiment = {"adjective": praise if y else blame, "verb": rng.choice(verbs)}
-        fill = {slot: rng.choice(concept[: 2 if labelled else None]) for slot, concept in sentiment.items()}
-        fill |= {slot: neutral(rng.choice(TOY_OTHERS[slot])) for slot in ("adverb", "people", "description", "opener")}
+        verbs = rng.choice(TOY_OTHERS["love" if y else "hate"][: 1 if labelled else None])
+        known = 2 if labelled else 4  # of the four words of a concept
+        fill = {"adjective": rng.choice((praise if y else blame)[:known]),
+                "verb": rng.choice(verbs[:known])}
+        for slot in ("adverb", "people", "description", "opener"):
+            fill[slot] = neutral(rng.choice(TOY_OTHERS[slot]))
         return template.format(noun=neutral(noun), **fill)
 
     clauses = rng.choices(TOY_CLAUSES, k=rng.randint(3, 4)) + [TOY_OPINION]
@@ -682,7 +944,7 @@ def toy_review(rng, y, lean=0.0, labelled=False):
 
 
 def toy_pretraining_texts(n=4000):
-    """The unlabelled texts that the toy encoder is pre-trained on: of both classes, all words, no lean."""
+    """The unlabelled texts that the toy encoder is pre-trained on: both classes, all words."""
     rng = random.Random("toy")
     return [toy_review(rng, i % 2) for i in range(n)]
 
@@ -690,16 +952,18 @@ def toy_pretraining_texts(n=4000):
 def toy_neighbors():
     """The toy task's substitution table: every word's synonyms are the others of its concept."""
     concepts = [concept for block in (*TOY_ASPECTS, *TOY_OTHERS.values()) for concept in block]
-    return {word: [other for other in concept if other != word] for concept in concepts for word in concept}
+    return {word: [other for other in concept if other != word]
+            for concept in concepts for word in concept}
 
 
 def toy_splits(sizes, split_seed):
-    """{"train", "dev", "test": [Example, ..]}. Train and dev are of the seen aspects and lean (0.8), test is of all
-    aspects and sentiment words and leans a little less (0.75). sizes: {split: n}, n rounded down to an even number,
-    None is the toy's own; the size of one split leaves the texts of the others as they are."""
+    """{"train", "dev", "test": [Example, ..]}. Train and dev are about the seen aspects and lean
+    (0.8); test has all aspects and sentiment words and leans a little less (0.75).
+    sizes: {split: n}, n rounded down to an even number; None is TOY_SIZES's."""
     splits = {}
-    for split, own, lean in (("train", 128, 0.8), ("dev", 80, 0.8), ("test", 200, 0.75)):
+    for split, lean in (("train", 0.8), ("dev", 0.8), ("test", 0.75)):
         rng = random.Random(f"toy {split} {TOY_DRAW + split_seed}")
-        splits[split] = [Example(from_text(toy_review(rng, i % 2, lean, labelled=split != "test")), i % 2)
-                         for i in range((sizes[split] or own) // 2 * 2)]
+        n = (sizes[split] or TOY_SIZES[split]) // 2 * 2
+        texts = [toy_review(rng, i % 2, lean, labelled=split != "test") for i in range(n)]
+        splits[split] = [Example(from_text(text), i % 2) for i, text in enumerate(texts)]
     return splits

@@ -1,96 +1,101 @@
 """Robust Informative Fine-Tuning (RIFT): the method, in the paper's symbols.
 
 Dong, Luu, Lin, Yan, Zhang, "How Should Pre-Trained Language Models Be Fine-Tuned Towards
-Adversarial Robustness?", NeurIPS 2021 (arXiv 2112.11668). The hull of word substitutions is
+Adversarial Robustness?", NeurIPS 2021 (arXiv 2112.11668). The convex hull of word substitutions is
 ASCC's: Dong et al., "Towards Robustness Against Natural Language Word Substitutions", ICLR 2021.
 
-    x         a text, y its label, C classes           S = F_s(x)   pooled output, encoder being fine-tuned
-    x^        its worst neighbour (adversarial text)   T = F_t(x)   pooled output, frozen pre-trained encoder
-    q(y|s)    the task head                            g_c, h_c     projections of S and T for class c
+    x        a text, y its label, C classes     S = F_s(x)  features, encoder being fine-tuned
+    x^       the worst text near x              T = F_t(x)  features, frozen pre-trained encoder
+    q(y|s)   the task head                      g_c, h_c    projections of S and T for class c
 
-    loss = L_task + alpha * L_info,    L_task = E[ -log q(y|S) + beta * KL( q(.|F_s(x)) || q(.|F_s(x^)) ) ]
-    text -> token and candidate ids -> embeddings -> hull -> S -> losses
+    loss = L_task + alpha * L_info
+    L_task = E[ -log q(y|S) + beta * KL( q(.|F_s(x)) || q(.|F_s(x^)) ) ]
+    I(S;T|Y) >= log N - L_info
+
+In this file: token ids -> embeddings -> features; the hull and the adversary in it; the losses;
+how much was forgotten; the model; the methods as sums of terms.
 
 Shapes: B texts, L tokens, K candidates a token (candidate 0 is the token itself), H hidden units,
-P positions of the batch that have more than one candidate.
+P positions in the batch that have more than one candidate, N texts of one class.
 """
 import copy
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# ---- S = F_s(x): the encoder, fed with ids or with embeddings of our own -------------------------
+# ---- S = F_s(x): token ids -> embeddings -> features ---------------------------------------------
 
 
-def positions_of(encoder, L):
-    """Position ids (1, L) int64 of the L tokens of a text: from 0 in BERT, from padding_idx + 1 in RoBERTa.
+def position_ids(encoder, L):
+    """Position ids (1, L) int64 of the L tokens of a text: from 0 in BERT, from 2 in RoBERTa.
 
-    They are passed explicitly because RoBERTa would otherwise count them from the ids, and a row of
+    They are passed explicitly: RoBERTa would otherwise count them from the token ids, and a row of
     candidates holds padding ids in between.
     """
     first = getattr(encoder.embeddings, "padding_idx", -1) + 1
     return torch.arange(first, first + L, device=encoder.device).unsqueeze(0)
 
 
-@contextmanager
-def embeddings_are(encoder, e):
-    """Inside, the encoder's embedding layer returns e (B, L, H) instead of its own output, as the input of the first
-    transformer layer. With e None nothing changes."""
-    hook = encoder.embeddings.register_forward_hook(lambda module, args, output: e)
-    try:
-        yield
-    finally:
-        hook.remove()
+def embed(encoder, input_ids, positions=None):
+    """e(c, l): the whole embedding layer (word + position + type, layer norm, dropout).
 
-
-@contextmanager
-def first_token_only(encoder):
-    """Inside, the last layer computes its output for the first token alone, (B, 1, H): all that the pooler reads.
-
-    That layer's attention still looks at every token; what follows it, 1/8 of a 6-layer encoder's work, is not done
-    for the others.
+    input_ids: (B, L) int64; positions: (1, L) int64, by default those of a text of L tokens.
+    Returns (B, L, H).
     """
-    last = encoder.encoder.layer[-1].attention.output
-    hook = last.register_forward_pre_hook(lambda module, args: tuple(x[:, :1] for x in args))
-    try:
-        yield
-    finally:
-        hook.remove()
+    if positions is None:
+        positions = position_ids(encoder, input_ids.shape[1])
+    types = torch.zeros_like(input_ids)
+    return encoder.embeddings(input_ids=input_ids, token_type_ids=types, position_ids=positions)
 
 
-def features(encoder, input_ids, attention_mask, pooling="pooler", e=None, parameters=None):
-    """The pooled output F(x) of a BERT or RoBERTa encoder.
+def features(encoder, e, attention_mask, pooling="pooler"):
+    """F(x): the pooled output of a BERT or RoBERTa encoder, as a function of embeddings.
 
-    encoder: a Hugging Face BertModel or RobertaModel; input_ids, attention_mask: (B, L) int64;
-    pooling: "pooler" (the encoder's own, on the first token) or "mean" over the text's tokens;
-    e: (B, L, H) embeddings to use instead of those of input_ids; parameters: {name: tensor} to use in place
-    of the encoder's own (mixout). Returns (B, H) float32. Raises ValueError for another pooling.
+    encoder: a Hugging Face BertModel or RobertaModel; e: (B, L, H), from embed() or mix();
+    attention_mask: (B, L) int64; pooling: "pooler" (the encoder's own, reads the first token) or
+    "mean" over the text's tokens. Returns (B, H) float32, also where the encoder computes in bf16.
+    Raises ValueError for another pooling, and with gradient checkpointing on: its second forward
+    pass would not see weights that stand_in() has replaced.
     """
     if pooling not in ("pooler", "mean"):
         raise ValueError(f"pooling is {pooling!r}: it has to be 'pooler' or 'mean'")
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask,
-              "position_ids": positions_of(encoder, input_ids.shape[1])}
-    with embeddings_are(encoder, e), first_token_only(encoder) if pooling == "pooler" else nullcontext():
-        output = torch.func.functional_call(encoder, parameters or {}, (), inputs)
+    if encoder.training and encoder.is_gradient_checkpointing:
+        raise ValueError("gradient checkpointing is on: encoder.gradient_checkpointing_disable() "
+                         "turns it off")
+    choose_attention(encoder)
+    e = e.to(encoder.dtype)
+    mask = torch.zeros_like(attention_mask, dtype=e.dtype)                      # added to scores
+    mask = mask.masked_fill(attention_mask == 0, torch.finfo(e.dtype).min)[:, None, None]
+    *layers, last = encoder.encoder.layer                                       # mask: (B, 1, 1, L)
+    for layer in layers:
+        e = layer(e, mask)
+        e = e[0] if isinstance(e, tuple) else e                 # a tuple before transformers 5
+    attended = last.attention.self(e, mask)[0]                                  # (B, L, H)
+    if pooling == "pooler":     # it reads the first token only: so does the rest of the layer
+        attended, e = attended[:, :1], e[:, :1]                                 # (B, 1, H)
+    attended = last.attention.output(attended, e)
+    e = last.output(last.intermediate(attended), attended)                      # (B, L or 1, H)
     if pooling == "pooler":
-        return output.pooler_output.float()                                     # (B, H)
+        return encoder.pooler(e).float()                                        # (B, H)
     m = attention_mask.unsqueeze(-1).float()                                    # (B, L, 1)
-    return (output.last_hidden_state.float() * m).sum(1) / m.sum(1)             # (B, L, H) -> (B, H)
+    return (e.float() * m).sum(1) / m.sum(1)                                    # (B, H)
 
 
-def float32(x):
-    """Everything inside is computed in float32, also where the encoder runs in bfloat16 (autocast): the hull, the
-    head, the projections and the losses. x: a tensor, for its device."""
-    return torch.autocast(x.device.type, enabled=False)
+def choose_attention(encoder):
+    """Gives the encoder the attention kernel that is fastest for the next pass.
 
-
-def head_of(module, x):
-    """module(x) for a head or projection, in float32."""
-    with float32(x):
-        return module(x.float())
+    That is torch's fused one. The exception: on CPUs the gradient of the fused one is slow in bf16,
+    up to ten times slower than that of plain attention for short texts.
+    """
+    slow = encoder.device.type == "cpu" and encoder.dtype == torch.bfloat16
+    kernel = "eager" if slow and torch.is_grad_enabled() else "sdpa"
+    if encoder.config._attn_implementation != kernel:
+        encoder.set_attn_implementation(kernel)
 
 
 @contextmanager
@@ -106,106 +111,136 @@ def dropout_off(*modules):
             m.training = mode
 
 
+@contextmanager
+def stand_in(module, tensors):
+    """Inside, the module computes with these tensors in place of its parameters.
+
+    tensors: {parameter name: tensor}; gradients flow into them, and on to where they come from.
+    Used for weights in bf16 (cast once a step), for weights without gradient, and for mixout.
+    """
+    owners = {name: module.get_submodule(name.rpartition(".")[0])._parameters for name in tensors}
+    own = {name: owner[name.rpartition(".")[2]] for name, owner in owners.items()}
+    try:
+        for name, owner in owners.items():
+            owner[name.rpartition(".")[2]] = tensors[name]
+        yield
+    finally:
+        for name, owner in owners.items():
+            owner[name.rpartition(".")[2]] = own[name]
+
+
+def weights_in(encoder, dtype):
+    """The encoder's parameters in a dtype, {name: tensor}, for stand_in()."""
+    return {name: p.to(dtype) for name, p in encoder.named_parameters()}
+
+
 # ---- The convex hull of a text's substitutions (ASCC), and the adversary in it -------------------
 
 
 def hull(encoder, input_ids, subs, subs_mask):
-    """The corners of the hull: embeddings e(c_lk, l), taken after the whole embedding layer (layer norm included).
+    """The corners of the hull: the embedding e(c_lk, l) of every candidate, layer norm included.
 
     input_ids: (B, L) int64; subs: (B, L, K) int64 candidate ids; subs_mask: (B, L, K) bool.
-    Returns e (B, L, H) of the text itself, E (P, K, H) of the candidates at the P positions that have more than
-    one, and free (B, L) bool, which marks those positions. Elsewhere the hull is the single point e.
+    Returns e (B, L, H) of the text itself, E (P, K, H) of the candidates at the P positions that
+    have more than one, and free (B, L) bool, which marks these positions. Elsewhere the hull is the
+    single point e. e and E are float32.
     """
     B, L = input_ids.shape
-    position_ids = positions_of(encoder, L)                                      # (1, L)
-    e = encoder.embeddings(input_ids=input_ids, position_ids=position_ids)      # (B, L, H)
-    free = subs_mask.sum(-1) > 1                                                 # (B, L)
+    e = embed(encoder, input_ids)                                               # (B, L, H)
+    free = subs_mask.sum(-1) > 1                                                # (B, L)
     l = torch.arange(L, device=input_ids.device).expand(B, L)[free]             # (P,)
-    # Texts share candidates: embed each (token, position) pair of the batch once.
-    pairs, inverse = torch.unique(subs[free] * L + l.unsqueeze(-1), return_inverse=True)   # (M,), (P, K)
-    rows = encoder.embeddings(input_ids=(pairs // L).unsqueeze(0), position_ids=position_ids[:, pairs % L])
-    # F.embedding and not rows[0][inverse]: the gradient of indexing adds up in any order on several threads.
-    return e, F.embedding(inverse, rows[0]), free                                # rows: (1, M, H)
+    # Texts share candidates: each (token, position) pair of the batch is embedded once.
+    pairs = subs[free] * L + l.unsqueeze(-1)                                    # (P, K)
+    pairs, where = torch.unique(pairs, return_inverse=True)                     # (M,), (P, K)
+    positions = position_ids(encoder, L)[:, pairs % L]                          # (1, M)
+    rows = embed(encoder, (pairs // L).unsqueeze(0), positions)[0]              # (M, H)
+    # F.embedding, not rows[where]: with several threads, the gradient of indexing is summed in an
+    # order that changes from run to run.
+    return e.float(), F.embedding(where, rows.float()), free
 
 
 def weights(v, subs_mask):
-    """w_l = softmax_k(v_l * mask + 500 * (mask - 1)): a point of the simplex over the real candidates.
+    """w_l = softmax_k(v_l * mask + 500 * (mask - 1)): a point of the simplex over real candidates.
 
-    v: (.., K) float; subs_mask: (.., K) bool. Returns (.., K), rows sum to 1 (uniform where all is masked).
+    v: (.., K) float; subs_mask: (.., K) bool. Returns (.., K); rows sum to 1 (uniform where all
+    candidates are masked).
     """
     m = subs_mask.to(v.dtype)
     return torch.softmax(v * m + 500 * (m - 1), dim=-1)
 
 
 def mix(e, E, free, w):
-    """e^_l = sum_k w_lk * e(c_lk, l): the text's embeddings with every free position at its point of the hull.
+    """e^_l = sum_k w_lk * e(c_lk, l): the embeddings, each free position at a point of its hull.
 
     e: (B, L, H); E: (P, K, H); free: (B, L) bool; w: (P, K). Returns (B, L, H).
     """
-    with float32(e):
-        return e.index_put((free,), torch.einsum("pk,pkh->ph", w, E))
+    return e.index_put((free,), torch.einsum("pk,pkh->ph", w, E))
 
 
 def entropy(w):
     """H(w_l) = - sum_k w_lk log w_lk, in nats. w: (.., K). Returns (..)."""
-    return -(w * w.clamp_min(1e-30).log()).sum(-1)           # clamped: masked candidates have w = 0 and no gradient
+    return -(w * w.clamp_min(1e-30).log()).sum(-1)      # a masked candidate has w = 0: no gradient
 
 
-def noise(like, max_len, generator=None):
-    """Where the adversary starts: v ~ N(0, 2 / (max_len * 10)), Kaiming's variance for the shape the paper pads to.
+def noise(shape, max_len, generator=None):
+    """Where the adversary starts: v ~ N(0, 2 / (max_len * 10)).
 
-    The standard deviation depends on the task's longest input (300 or 80), not on the batch's, so that padding
-    less does not change the method. like: a tensor of the shape wanted, (.., L, K), and its device; drawn on the CPU,
-    so that a seed gives the same numbers everywhere. Returns (.., L, K) float32.
+    Kaiming's variance for the shape that the authors' code pads to, max_len (300 or 80) positions
+    with 10 candidates. It stays that constant, so that padding less does not change the method.
+    Returns a float32 tensor of the shape, drawn on the CPU: the same numbers on every device.
     """
-    return torch.randn(like.shape, generator=generator).to(like.device) * math.sqrt(2 / (max_len * 10))
+    return torch.randn(shape, generator=generator) * math.sqrt(2 / (max_len * 10))
 
 
-def search_hull(objective, predict, e, E, free, subs_mask, v, steps=10, lr=1.0, weight_decay=2e-5, sparsity=15.0):
+def search_hull(objective, predict, e, E, free, subs_mask, v, steps=10, lr=1.0, weight_decay=2e-5,
+                sparsity=15.0):
     """Adam's ascent in the hull.
 
         max over v of   objective(predict(e^(v))) - sparsity * sum_l H(w_l) / (300 * 128)
 
-    objective: logits (B, C) -> scalar, summed over the batch; predict: embeddings (B, L, H) -> logits (B, C);
-    e, E, free: from hull(), constants here; subs_mask: (B, L, K) bool; v: (B, L, K) the start; weight_decay is
-    L2 on v. The entropy term pushes w towards a single word; its divisor is a constant, whatever the shape.
-    Returns w (B, L, K), a constant. Only v gets a gradient, and only at the P positions where it matters.
+    objective: logits (B, C) -> scalar, summed over the batch; predict: embeddings (B, L, H) ->
+    logits (B, C); e, E, free: from hull(), constants here; subs_mask: (B, L, K) bool; v: (B, L, K),
+    the start; weight_decay: L2 on v. The entropy term pushes w towards a single word; its divisor
+    is a constant, whatever the shape. Returns w (B, L, K), a constant.
     """
-    v, mask = v.clone(), subs_mask[free]                                         # mask: (P, K)
-    v_free = v[free].requires_grad_()                                            # (P, K)
+    v, mask = v.clone(), subs_mask[free]                                        # mask: (P, K)
+    v_free = v[free].requires_grad_()                                           # (P, K)
     adam = torch.optim.Adam([v_free], lr=lr, weight_decay=weight_decay)
     for _ in range(steps if len(v_free) else 0):
         w = weights(v_free, mask)
         gain = objective(predict(mix(e, E, free, w))) - sparsity * entropy(w).sum() / (300 * 128)
-        v_free.grad, = torch.autograd.grad(-gain, v_free)                        # no gradient for any parameter
+        v_free.grad, = torch.autograd.grad(-gain, v_free)
         adam.step()
     v[free] = v_free.detach()
     return weights(v, subs_mask)
 
 
-def adversary(encoder, head, input_ids, attention_mask, subs, subs_mask, v, y=None, *, pooling="pooler",
-              steps=10, lr=1.0, weight_decay=2e-5, sparsity=15.0):
-    """The worst point of the hull, for training and for the quick robust accuracy.
+def adversary(encoder, head, input_ids, attention_mask, subs, subs_mask, v, y=None, *,
+              pooling="pooler", steps=10, lr=1.0, weight_decay=2e-5, sparsity=15.0):
+    """x^: the worst point of the hull, for training and for the quick robust accuracy.
 
-    Without y, the self-supervised adversary of training: argmax KL( q(.|F_s(x)) || q(.|F_s(x')) ), which starts
-    from the model's own prediction. With y (B,) int64, argmax -log q(y|F_s(x')).
-    head: (B, H) -> (B, C) logits; v: (B, L, K) the start, see noise(); the rest as in hull() and search_hull().
-    Dropout is off during the search. Returns w (B, L, K) float32, rows on the simplex, no gradient.
+    Without y, the self-supervised adversary of training: argmax KL( q(.|F_s(x)) || q(.|F_s(x')) ),
+    which starts from the model's own prediction. With y (B,) int64: argmax -log q(y|F_s(x')).
+    head: (B, H) -> (B, C) logits; v: (B, L, K), the start, see noise(); the rest as in hull(),
+    features() and search_hull(). Dropout is off and no parameter gets a gradient during the search.
+    Returns w (B, L, K) float32, rows on the simplex, a constant.
     """
-    with dropout_off(encoder, head):
+    constants = {name: p.detach() for name, p in encoder.named_parameters()}
+    with dropout_off(encoder, head), stand_in(encoder, constants):
         def predict(e):
-            return head_of(head, features(encoder, input_ids, attention_mask, pooling, e))
+            return head(features(encoder, e, attention_mask, pooling))          # (B, C)
 
         with torch.no_grad():
-            corners = hull(encoder, input_ids, subs, subs_mask)
-            clean = predict(corners[0]) if y is None else None                   # (B, C)
+            e, E, free = hull(encoder, input_ids, subs, subs_mask)
+            clean = predict(e) if y is None else None
 
         def objective(logits):
             if y is None:
                 return kl_divergence(clean, logits) * len(logits)
             return F.cross_entropy(logits, y, reduction="sum")
 
-        return search_hull(objective, predict, *corners, subs_mask, v, steps, lr, weight_decay, sparsity)
+        return search_hull(objective, predict, e, E, free, subs_mask, v, steps, lr, weight_decay,
+                           sparsity)
 
 
 def discrete(subs, w):
@@ -220,56 +255,84 @@ def discrete(subs, w):
 
 
 def kl_divergence(clean, adversarial):
-    """KL( q(.|F_s(x)) || q(.|F_s(x^)) ), the mean over the batch, in nats; gradients flow through both sides.
+    """KL( q(.|F_s(x)) || q(.|F_s(x^)) ), mean over the batch, in nats; both sides get a gradient.
 
-    clean, adversarial: logits (B, C). Returns a scalar.
+    clean, adversarial: logits (B, C). Returns a scalar. Log-softmaxes on both sides: with
+    probabilities as targets the gradient is NaN once one of them underflows.
     """
-    return F.kl_div(F.log_softmax(adversarial, -1), F.softmax(clean, -1), reduction="batchmean")
+    clean, adversarial = F.log_softmax(clean, -1), F.log_softmax(adversarial, -1)
+    return F.kl_div(adversarial, clean, reduction="batchmean", log_target=True)
+
+
+def f_c(s, t, tau=0.2):
+    """The score f_c(s_i, t_j) = cos(s_i, t_j) / tau of projected features s = g_c(S), t = h_c(T).
+
+    s, t: (N, D). Returns (N, N). To try another score, replace this function.
+    """
+    return F.normalize(s, dim=-1) @ F.normalize(t, dim=-1).T / tau
 
 
 def info_nce(s, t, tau=0.2):
-    """The contrastive bound on I(S;T) (van den Oord et al. 2018): I(S;T) >= log N - info_nce.
+    """The contrastive bound (van den Oord et al. 2018): I(S;T) >= log N - info_nce.
 
-        info_nce = -(1/N) sum_j log( exp f(s_j, t_j) / sum_i exp f(s_i, t_j) ),    f(s, t) = cos(s, t) / tau
+        info_nce = -(1/N) sum_j log( exp f_c(s_j, t_j) / sum_i exp f_c(s_i, t_j) )
 
-    The competitors of t_j are the other s_i. s, t: (N, D) projected features, row j of both from one text. Returns a
-    scalar, in nats: log N for a constant score.
+    The competitors of t_j are the other s_i. s, t: (N, D), row j of both from one text. Returns a
+    scalar in nats: log N for a constant score.
     """
-    with float32(s):
-        f = F.normalize(s, dim=-1) @ F.normalize(t, dim=-1).T / tau              # f[i, j]: (N, N)
-    return -F.log_softmax(f, dim=0).diagonal().mean()
+    return -F.log_softmax(f_c(s, t, tau), dim=0).diagonal().mean()              # softmax over i
 
 
 def L_info(S, T, y, g, h, tau=0.2):
-    """The loss that holds on to what pre-training knew, a bound on I(S;T|Y) >= log N - L_info.
+    """The loss that holds on to what pre-training knew: I(S;T|Y) >= log N - L_info.
 
-        L_info    = mean over c of -(1/N) sum_j log( exp f_c(s_j, t_j) / sum_i exp f_c(s_i, t_j) )
-        f_c(s, t) = cos( g_c(s), h_c(t) ) / tau,   over the N texts of class c in the batch
+        L_info = mean over c of info_nce( g_c(S), h_c(T) ) over the N texts of class c in the batch
 
-    S: (B, H) from adversarial texts; T: (B, H) from the clean ones; y: (B,) int64 in 0..C-1; g, h: C projections
-    each. A class that the batch lacks adds nothing. The marginal form, a bound on I(S;T), is the same with one
-    pair of projections and all y equal to 0. Returns a scalar, in nats.
+    S: (B, H), features of adversarial texts; T: (B, H), of the clean ones; y: (B,) int64; g, h: one
+    projection for each class. A class that the batch lacks adds nothing. The marginal form, a bound
+    on I(S;T), is the same with one pair of projections and every y equal to 0. Returns a scalar in
+    nats. Raises ValueError for a label without projections.
     """
-    return torch.stack([info_nce(head_of(g[c], S[y == c]), head_of(h[c], T[y == c]), tau)
-                        for c in range(len(g)) if (y == c).any()]).mean()
+    if not 0 <= y.min() <= y.max() < min(len(g), len(h)):
+        raise ValueError(f"y has labels {y.min().item()} to {y.max().item()}, but there are "
+                         f"{len(g)} projections g and {len(h)} projections h")
+    return torch.stack([info_nce(g[c](S[y == c]), h[c](T[y == c]), tau)
+                        for c in y.unique().tolist()]).mean()
+
+
+def gather(x):
+    """(b, ..) of this process -> (B, ..) of all processes, with the gradient of this one's part.
+
+    L_info compares the texts of all processes. Each computes it whole, but only its own part
+    reaches its encoder, and averaging the gradients then divides by the number of processes: so the
+    gradient of that part, not its value, is multiplied by it. A single process gets x back.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    if x.requires_grad:
+        x = x + (len(parts) - 1) * (x - x.detach())
+    parts[dist.get_rank()] = x
+    return torch.cat(parts)
 
 
 def pretrained_distance(encoder, teacher):
-    """||theta_s - theta_t||_2 = sqrt(1e-10 + sum (theta_s - theta_t)^2) over the whole encoder. Returns a scalar.
+    """||theta_s - theta_t||_2 = sqrt(1e-10 + sum (theta_s - theta_t)^2), over the whole encoder.
 
-    The regulariser of adv-ptwd, and the measure of how far fine-tuning has moved.
+    The regulariser of adv-ptwd, and a measure of how far fine-tuning has moved. Returns a scalar.
     """
-    return torch.sqrt(1e-10 + sum((s - t).square().sum() for s, t in zip(encoder.parameters(), teacher.parameters())))
+    pairs = zip(encoder.parameters(), teacher.parameters())
+    return torch.sqrt(1e-10 + sum((s - t).square().sum() for s, t in pairs))
 
 
 def mixout(encoder, teacher, p):
     """Mixout (Lee et al. 2020) of the weights and biases of the encoder's linear layers.
 
-        (m * theta_t + (1 - m) * theta_s - p * theta_t) / (1 - p),   m ~ Bernoulli(p) for every single entry
+        (m * theta_t + (1 - m) * theta_s - p * theta_t) / (1 - p),   m ~ Bernoulli(p) for each entry
 
-    0 <= p < 1. Returns {name: tensor}, to be passed to features(parameters=..): the encoder itself is untouched,
-    gradients reach theta_s.
-    Raises ValueError for p outside its range.
+    Returns {name: tensor} for stand_in(): the encoder itself is untouched, gradients reach theta_s.
+    Raises ValueError unless 0 <= p < 1.
     """
     if not 0 <= p < 1:
         raise ValueError(f"mixout is {p}: a probability from 0 up to, but not including, 1")
@@ -283,14 +346,61 @@ def mixout(encoder, teacher, p):
     return mixed
 
 
-def linear_cka(S, T):
-    """Linear CKA (Kornblith et al. 2019): ||S'T||_F^2 / (||S'S||_F ||T'T||_F), columns centred.
+# ---- How much was forgotten: similarity of S and T on held-out texts -----------------------------
 
-    How similar two representations (N, H) of the same N texts are, from 0 to 1 (1: equal up to rotation and
-    scale). Returns a float.
+
+def debiased_cka(S, T):
+    """Debiased linear CKA (Nguyen et al. 2021): how alike S and T arrange the same texts.
+
+        CKA = HSIC_1(SS', TT') / sqrt( HSIC_1(SS', SS') * HSIC_1(TT', TT') )
+
+    with the unbiased HSIC_1 of Song et al. (2012): 0 on average for features that have nothing to
+    do with each other, where the plain estimate is 0.3 at N = 300, H = 384. S, T: (N, H), N >= 4.
+    Returns a float: 1 for features equal up to rotation and scale.
+    Raises ValueError for fewer than 4 texts.
     """
-    S, T = (X.double() - X.double().mean(0) for X in (S, T))
-    return ((S.T @ T).norm() ** 2 / ((S.T @ S).norm() * (T.T @ T).norm()).clamp_min(1e-30)).item()
+    N = len(S)
+    if N < 4:
+        raise ValueError(f"debiased CKA needs at least 4 texts, not {N}")
+    K, M = ((X @ X.T).fill_diagonal_(0) for X in (S.double(), T.double()))     # (N, N)
+
+    def hsic(A, B):
+        a, b = A.sum(0), B.sum(0)                                               # (N,)
+        return (A * B).sum() + a.sum() * b.sum() / ((N - 1) * (N - 2)) - 2 / (N - 2) * (a @ b)
+
+    return (hsic(K, M) / (hsic(K, K) * hsic(M, M)).clamp_min(1e-30).sqrt()).item()
+
+
+def retained(S, T, y, S_dev, T_dev, y_dev):
+    """How much of what T knows within classes can be read off S: the linear cousin of I(S;T|Y).
+
+        R^2 = 1 - sum ||T - T^||^2 / sum ||T - mean of T's class||^2   over the dev texts
+
+    where T^ is a ridge regression of T on S. Class means, regression and its ridge (chosen by
+    leave-one-out) come from the training texts alone. S, T: (N, H), y: (N,), of training texts; the
+    same of dev texts. Returns a float: 1 if all of T can be read off S linearly, 0 or below if
+    nothing can.
+    """
+    def within_classes(X, X_dev):
+        X, X_dev = X.double(), X_dev.double()
+        means = torch.stack([X[y == c].mean(0) for c in range(int(y.max()) + 1)])           # (C, H)
+        return X - means[y], X_dev - means[y_dev]
+
+    (S, S_dev), (T, T_dev) = within_classes(S, S_dev), within_classes(T, T_dev)
+    U, d, Vt = torch.linalg.svd(S, full_matrices=False)                         # S = U diag(d) V'
+    UT = U.T @ T                                                                # (min(N, H), H)
+
+    def left_out_error(ridge):
+        """The squared error of predicting each text from the regression on all others."""
+        shrink = d.square() / (d.square() + ridge)                              # (min(N, H),)
+        leverage = U.square() @ shrink                                          # (N,)
+        residual = T - U @ (shrink[:, None] * UT)                               # (N, H)
+        return (residual / (1 - leverage)[:, None]).square().sum().item()
+
+    scale = d.square().mean().item() + 1e-30
+    ridge = min((scale * 10.0 ** k for k in range(-6, 4)), key=left_out_error)
+    W = Vt.T @ ((d / (d.square() + ridge))[:, None] * UT)                       # (H, H)
+    return (1 - (T_dev - S_dev @ W).square().sum() / T_dev.square().sum().clamp_min(1e-30)).item()
 
 
 # ---- The model -----------------------------------------------------------------------------------
@@ -301,12 +411,25 @@ def mlp(d_in, d_hidden, d_out):
     return nn.Sequential(nn.Linear(d_in, d_hidden), nn.ReLU(), nn.Linear(d_hidden, d_out))
 
 
+@dataclass
+class Outputs:
+    """What the terms of the loss are made of, for one batch."""
+    clean: torch.Tensor              # logits (B, C) of q(.|F_s(x))
+    adversarial: torch.Tensor        # logits (B, C) of q(.|F_s(x^)); None without an adversary
+    S: torch.Tensor                  # (B, H), features F_s(x^); None without an adversary
+    T: torch.Tensor                  # (B, H), features F_t(x), or None
+    y: torch.Tensor                  # (B,) int64
+    model: nn.Module                 # the RIFT
+    tau: float                       # temperature of f_c
+
+
 class RIFT(nn.Module):
-    """The objective model F_s with its head q, the frozen teacher F_t, and the projections g_c, h_c.
+    """The objective model F_s with its head q, the frozen teacher F_t, the projections g_c and h_c.
 
     encoder: a Hugging Face BERT or RoBERTa encoder; C: number of classes; pooling: see features();
-    marginal: one pair of projections for all classes, for the bound on I(S;T). The teacher is a copy of the
-    encoder as it comes: loading twice would give two different poolers where none was pre-trained (RoBERTa).
+    marginal: one pair of projections for all classes, for the bound on I(S;T). The teacher is a
+    copy of the encoder: loading it a second time would give another random pooler where none was
+    pre-trained (RoBERTa).
     """
 
     def __init__(self, encoder, C, pooling="pooler", marginal=False):
@@ -325,28 +448,75 @@ class RIFT(nn.Module):
         self.teacher.eval()
         return self
 
-    def forward(self, input_ids, attention_mask, y, subs=None, subs_mask=None, w=None, T=None, *, tau=0.2,
-                ptwd=False, mixout_p=0.0, gather=lambda x: x):
-        """The terms of the loss for one batch, as {"ce": .., "kl": .., "info": .., "ptwd": ..}, scalars.
+    def forward(self, input_ids, attention_mask, y, subs=None, subs_mask=None, w=None, T=None,
+                tau=0.2):
+        """One pass on the clean text x and, with w, one on the adversarial x^ for all terms.
 
-        input_ids, attention_mask: (B, L) int64; y: (B,) int64; subs, subs_mask, w: (B, L, K), the adversary's
-        mixture: with w comes the term "kl"; T: (B, H), the teacher's features: with w and T comes "info". One
-        pass on x^ serves both. ptwd: also the distance to the pre-trained weights; mixout_p: probability of mixout;
-        gather: collects (b, ..) tensors of all processes into (B, ..), with gradients.
+        input_ids, attention_mask: (B, L) int64; y: (B,) int64; subs, subs_mask, w: (B, L, K), w
+        from adversary(); T: (B, H), the teacher's features of x. Returns Outputs. The hull is
+        computed again here: with dropout on, and with gradients for the embedding layer.
         """
-        def F_s(e=None):
-            mixed = mixout(self.encoder, self.teacher, mixout_p) if mixout_p and self.training else None
-            return features(self.encoder, input_ids, attention_mask, self.pooling, e, mixed)
+        adversarial = S = None
+        if w is None:
+            e = embed(self.encoder, input_ids)                                  # (B, L, H)
+        else:
+            e, E, free = hull(self.encoder, input_ids, subs, subs_mask)
+            x_hat = mix(e, E, free, w[free])                                    # (B, L, H)
+            S = features(self.encoder, x_hat, attention_mask, self.pooling)     # (B, H)
+            adversarial = self.head(S)                                          # (B, C)
+        clean = self.head(features(self.encoder, e, attention_mask, self.pooling))
+        return Outputs(clean, adversarial, S, T, y, self, tau)
 
-        clean = head_of(self.head, F_s())                                     # (B, C)
-        terms = {"ce": F.cross_entropy(clean, y)}
-        if w is not None:
-            e, E, free = hull(self.encoder, input_ids, subs, subs_mask)          # again: dropout on, with gradients
-            S = F_s(mix(e, E, free, w[free]))                                    # (B, H)
-            terms["kl"] = kl_divergence(clean, head_of(self.head, S))
-            if T is not None:
-                classes = torch.zeros_like(y) if self.marginal else y
-                terms["info"] = L_info(gather(S), gather(T), gather(classes), self.g, self.h, tau)
-        if ptwd:
-            terms["ptwd"] = pretrained_distance(self.encoder, self.teacher)
-        return terms
+
+# ---- The methods: each minimises a weighted sum of terms -----------------------------------------
+# A term is a function of Outputs that returns a scalar.
+
+
+def ce(o):
+    """-log q(y|F_s(x)), the mean over the batch."""
+    return F.cross_entropy(o.clean, o.y)
+
+
+def kl(o):
+    """KL( q(.|F_s(x)) || q(.|F_s(x^)) )."""
+    return kl_divergence(o.clean, o.adversarial)
+
+
+def info(o):
+    """L_info over the texts of all processes; of a marginal model, the bound on I(S;T)."""
+    classes = torch.zeros_like(o.y) if o.model.marginal else o.y
+    return L_info(gather(o.S), gather(o.T), gather(classes), o.model.g, o.model.h, o.tau)
+
+
+def ptwd(o):
+    """Pre-trained weight decay: ||theta_s - theta_t||_2."""
+    return pretrained_distance(o.model.encoder, o.model.teacher)
+
+
+# method: {term: its weight, a number or the name of a setting}. What is not listed is not computed.
+# To add a method, write its new terms above and its line here.
+METHODS = {
+    "standard": {ce: 1},
+    "adv": {ce: 1, kl: "beta"},                             # L_task
+    "adv-ptwd": {ce: 1, kl: "beta", ptwd: "ptwd"},
+    "adv-mixout": {ce: 1, kl: "beta"},                      # its encoder computes with mixout()
+    "rift-marginal": {ce: 1, kl: "beta", info: "alpha"},    # one pair of projections: I(S;T)
+    "rift": {ce: 1, kl: "beta", info: "alpha"},             # L_task + alpha * L_info
+}
+
+
+def has_adversary(method):
+    """Whether a method reads x^: all do whose terms are not of the clean text alone."""
+    return not METHODS[method].keys() <= {ce, ptwd}
+
+
+def objective(o, method, weight):
+    """The loss that a method minimises; for "rift": L_task + alpha * L_info.
+
+    o: Outputs; weight: {name of a setting: number}, such as {"beta": 10, "alpha": 0.1}.
+    Returns {"loss": the weighted sum, and each term's name: its value}, scalars.
+    """
+    terms = {term.__name__: term(o) for term in METHODS[method]}
+    factors = [weight.get(factor, factor) for factor in METHODS[method].values()]
+    loss = sum(factor * value for factor, value in zip(factors, terms.values()))
+    return {"loss": loss} | terms

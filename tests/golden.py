@@ -55,19 +55,19 @@ def method_case(path):
 
     w = rift.adversary(encoder, head, **text, **candidates, v=v)                         # (B, L, K)
     w_ce = rift.adversary(encoder, head, **text, **candidates, v=v, y=y)
-    S, T = rift.features(encoder, **text), rift.features(model.teacher, **text)          # (B, H)
-    e, E, free = rift.hull(encoder, case["input_ids"], **candidates)
-    S_adv = rift.features(encoder, **text, e=rift.mix(e, E, free, w[free]))
+    S, T = (rift.features(F, rift.embed(F, case["input_ids"]), case["attention_mask"])   # (B, H)
+            for F in (encoder, model.teacher))
 
-    terms = model(**text, **candidates, y=y, w=w, T=T, ptwd=True)
+    o = model(**text, **candidates, y=y, w=w, T=T)
     beta, alpha = (10, 0.1) if len(model.g) == 2 else (5, 0.7)
-    total = terms["ce"] + beta * terms["kl"] + alpha * terms["info"]
-    total.backward()
-    out = {"w_adv": w, "adv_ids_ce": rift.discrete(case["subs"], w_ce), "logits_clean": head(S), "logits_adv": head(S_adv),
+    terms = rift.objective(o, "rift", {"beta": beta, "alpha": alpha})
+    terms["loss"].backward()
+    out = {"w_adv": w, "adv_ids_ce": rift.discrete(case["subs"], w_ce),
+           "logits_clean": o.clean, "logits_adv": o.adversarial,
            "loss_ce": terms["ce"], "loss_kl": terms["kl"], "loss_mi_given_y_adv": terms["info"],
-           "loss_mi_adv": marginal(**text, **candidates, y=y, w=w, T=T)["info"],
+           "loss_mi_adv": rift.info(marginal(**text, **candidates, y=y, w=w, T=T)),
            "loss_mi_clean": rift.L_info(S, T, torch.zeros_like(y), marginal.g, marginal.h),
-           "params_l2": terms["ptwd"], "loss_total": total}
+           "params_l2": rift.ptwd(o), "loss_total": terms["loss"]}
     norms = {stored_name(name, False): p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
     return {name: value.tolist() for name, value in out.items()} | {"grad_norms": norms}
 
