@@ -225,20 +225,22 @@ def download(url, path, md5=None, tries=4, pause=1.0, timeout=30.0):
                 with urllib.request.urlopen(request, timeout=timeout) as reply:
                     total = int(reply.headers.get("Content-Length", 0))
                     bar = tqdm.wrapattr(reply, "read", total or None, desc=url, disable=None)
-                    with bar as source, open(tmp, "wb") as file:
-                        shutil.copyfileobj(source, file)
-                content = tmp.read_bytes()
+                    with bar as source, io.BytesIO() as buffer:
+                        shutil.copyfileobj(source, buffer)
+                        content = buffer.getvalue()
                 if total and len(content) != total:
                     raise OSError(f"the connection broke after {len(content)} of {total} bytes")
                 if content[:200].lstrip().startswith(b"<"):
                     raise OSError("the server sent an HTML page instead of the file")
                 if md5 and hashlib.md5(content).hexdigest() != md5:
                     raise OSError(f"wrong checksum, the md5 should be {md5}")
-                return
             except (OSError, http.client.HTTPException) as error:
                 problem = error
                 if 400 <= getattr(error, "code", 0) < 500:
                     break  # the server will not change its mind
+            else:
+                tmp.write_bytes(content)  # not in the try: a full disk is not the server's fault
+                return
         raise InputError(f"{url}: {problem}; download it by hand and put it at {path}")
 
 
@@ -259,8 +261,9 @@ def unpack(path):
             gzip.decompress(content)  # only its end shows whether an archive was cut or altered
     with replacing(folder) as tmp:
         tmp.mkdir()
+        options = {"filter": plain} if path.suffix == ".gz" else {}  # a .zip has no links
         try:
-            shutil.unpack_archive(path, tmp, **{"filter": plain} if path.suffix == ".gz" else {})
+            shutil.unpack_archive(path, tmp, **options)
         except DAMAGE as error:
             raise InputError(f"{path}: cannot be read ({error})") from None
         for inside in (tmp, *tmp.rglob("*")):

@@ -141,13 +141,14 @@ def load_encoder(name_or_dir, complete=False):
     if not weights and list(folder.glob("pytorch_model*.bin")):
         raise InputError(f"{where}: has only pytorch_model.bin, which can run code when read; "
                          "convert it with AutoModel.from_pretrained(OLD).save_pretrained(NEW)")
-    if weights and weights[0].read_bytes()[:20].startswith(b"version https://git"):
-        raise InputError(f"{weights[0]}: is a Git LFS pointer, not the weights: run `git lfs pull`")
+    for path in weights:
+        if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git"):
+            raise InputError(f"{path}: is a Git LFS pointer, not the weights: run `git lfs pull`")
     load = dict(trust_remote_code=False, local_files_only=True)
     try:
         encoder, info = AutoModel.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, attn_implementation="sdpa", **load)
+            ignore_mismatched_sizes=True, **load)
         tokenizer = AutoTokenizer.from_pretrained(folder, **load)
     except Exception as error:              # a damaged folder makes the library raise all kinds
         raise InputError(f"{where}: cannot be loaded ({first_line(error)})") from None
@@ -279,7 +280,8 @@ def load_run(folder, device=None, precision=None, batch_size=64, table=None):
     if s.max_len > longest_input(encoder):
         raise InputError(f"{folder}: config.json has max_len {s.max_len}, the encoder positions "
                          f"for {longest_input(encoder)} tokens: files of two runs")
-    encoder.to(DTYPES[precision])
+    for part in (encoder.encoder, encoder.pooler):      # once, not at every call
+        part.to(DTYPES[precision])
     vocabulary = data.Vocabulary(tokenizer, s.max_len, table, s.unknown_words, s.candidates)
     return Victim(model.to(device).eval(), vocabulary, batch_size, precision, config["labels"],
                   config["parts"])
@@ -533,9 +535,8 @@ def evaluate(folder, plan, args):
     record = before if before.get("num_examples") == len(plan.chosen) else {}
     record |= {"num_examples": len(plan.chosen),
                "settings": before.get("settings", {}) | settings}
-    data.write_json(eval_path, record)      # before the lines: it says what they are
-    if not done:
-        data.write_atomically(lines_path, "")
+    write_lines(lines_path, done)           # without a line that was cut off
+    data.write_json(eval_path, record)      # before new lines: it says what they are
 
     texts = {i: data.to_text(victim.vocabulary.visible(x.words)) for i, x in plan.chosen.items()}
     P = attacks.check_probabilities(victim(list(texts.values())), len(texts))   # (N, C)
@@ -546,8 +547,8 @@ def evaluate(folder, plan, args):
     for name in args.attacks:
         lines = done.setdefault(name, {})
         pending = {i: None for i in attacked if i not in lines}
-        if pending:
-            with open(lines_path, "ab", buffering=0) as file:                   # a line a write
+        if pending:         # each line is written at once: what is finished is kept
+            with data.writing(lines_path), open(lines_path, "ab", buffering=0) as file:
                 for result in run_attack(name, own[name], victim, tables[name], plan, texts,
                                          pending, args):
                     lines[result.index] = {key: getattr(result, key) for key in LINE_KEYS}
@@ -558,14 +559,21 @@ def evaluate(folder, plan, args):
         record[name] = float(found.robust[name].mean())
         if not sys.stderr.isatty():
             print(f"{folder}: {name} {record[name]:.3f} (N {len(texts)})", file=sys.stderr)
-    kept = [line for name in ATTACKS for _, line in sorted(done.get(name, {}).items())]
-    data.write_atomically(lines_path, "".join(json.dumps(line) + "\n" for line in kept))
+    write_lines(lines_path, done)
     data.write_json(eval_path, record)
     if args.split == "test":            # "clean" and "hull" there stay those of all test texts
-        metrics = data.read_json(folder / "metrics.json")
-        black_box = {name: record[name] for name in ATTACKS if name in record and name != "hull"}
-        data.write_json(folder / "metrics.json", metrics | black_box)
+        black_box = ATTACKS.keys() - {"hull"}
+        metrics = data.read_json(folder / "metrics.json").items()
+        metrics = {key: value for key, value in metrics if key not in black_box}
+        metrics |= {name: record[name] for name in ATTACKS if name in record and name in black_box}
+        data.write_json(folder / "metrics.json", metrics)
     return found
+
+
+def write_lines(path, done):
+    """Writes attacks.jsonl. done: {attack: {index: line}}."""
+    lines = [line for name in ATTACKS for _, line in sorted(done.get(name, {}).items())]
+    data.write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def earlier(eval_path, lines_path, settings):
@@ -721,6 +729,7 @@ def report(groups, args):
         methods = by_settings(group)
         first = next((name for name, runs in methods.items() if runs[0].run.method == "standard"),
                      next(iter(methods)))
+        methods = {first: methods[first]} | methods                     # the reference comes first
         if len(methods) < len(group):
             show("Mean and standard deviation over runs", seeds_table(methods, args.attacks))
             pairs = [(f"{b} - {a}", methods[b], methods[a])
@@ -763,8 +772,10 @@ def tradeoffs(group, names):
     for curve, name in itertools.product(curves, names):
         if curve != "adv" and "adv" in curves:
             gain = tradeoff_gain(curves["adv"], curves[curve], name)
+            points = [*curves["adv"].values(), *curves[curve].values()]
+            star = "*" if min(map(len, points)) == 1 else ""
             yield ("\n{} against adv at the same clean accuracy, {}, mean over beta: {:+.3f} "
-                   "[{:+.3f}, {:+.3f}]".format(curve, name, *gain))
+                   "[{:+.3f}, {:+.3f}]{}".format(curve, name, *gain, star))
 
 
 def marked(original, adversarial):
@@ -1022,7 +1033,8 @@ def main(argv):
                     plans[key], groups[key] = make_plan(s, args), []
                 groups[key].append(evaluate(folder, plans[key], args))
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("finished texts are kept: the same command goes on") from None
+            raise KeyboardInterrupt("finished texts are kept: the same command goes on"
+                                    + " without --overwrite" * args.overwrite) from None
         report(list(groups.values()), args)
     if args.plot:
         plot(args.runs, args.plot, args.plot_attack, args.split)

@@ -58,44 +58,47 @@ def features(encoder, e, attention_mask, pooling="pooler"):
 
     encoder: a Hugging Face BertModel or RobertaModel; e: (B, L, H), from embed() or mix();
     attention_mask: (B, L) int64; pooling: "pooler" (the encoder's own, reads the first token) or
-    "mean" over the text's tokens. Returns (B, H) float32, also where the encoder computes in bf16.
-    Raises ValueError for another pooling, and with gradient checkpointing on: its second forward
-    pass would not see weights that stand_in() has replaced.
+    "mean" over the text's tokens. Returns (B, H) float32, also where the layers compute in bf16.
+    The layers are called one by one, because the pooler needs only the first token of the last one.
+    Raises ValueError for another pooling, and with gradient checkpointing on, which would not work.
     """
     if pooling not in ("pooler", "mean"):
         raise ValueError(f"pooling is {pooling!r}: it has to be 'pooler' or 'mean'")
-    if encoder.training and encoder.is_gradient_checkpointing:
+    *layers, last = encoder.encoder.layer
+    if encoder.training and getattr(last, "gradient_checkpointing", False):
         raise ValueError("gradient checkpointing is on: encoder.gradient_checkpointing_disable() "
                          "turns it off")
-    choose_attention(encoder)
-    e = e.to(encoder.dtype)
+    e = e.to(last.output.dense.weight.dtype)                                    # (B, L, H)
     mask = torch.zeros_like(attention_mask, dtype=e.dtype)                      # added to scores
-    mask = mask.masked_fill(attention_mask == 0, torch.finfo(e.dtype).min)[:, None, None]
-    *layers, last = encoder.encoder.layer                                       # mask: (B, 1, 1, L)
+    mask = mask.masked_fill(attention_mask == 0, torch.finfo(e.dtype).min)
+    mask = mask[:, None, None]                                                  # (B, 1, 1, L)
     for layer in layers:
-        e = layer(e, mask)
-        e = e[0] if isinstance(e, tuple) else e                 # a tuple before transformers 5
-    attended = last.attention.self(e, mask)[0]                                  # (B, L, H)
-    if pooling == "pooler":     # it reads the first token only: so does the rest of the layer
-        attended, e = attended[:, :1], e[:, :1]                                 # (B, 1, H)
-    attended = last.attention.output(attended, e)
-    e = last.output(last.intermediate(attended), attended)                      # (B, L or 1, H)
+        e = transformer_layer(layer, e, e, mask)
     if pooling == "pooler":
-        return encoder.pooler(e).float()                                        # (B, H)
+        return encoder.pooler(transformer_layer(last, e[:, :1], e, mask)).float()           # (B, H)
+    e = transformer_layer(last, e, e, mask).float()
     m = attention_mask.unsqueeze(-1).float()                                    # (B, L, 1)
-    return (e.float() * m).sum(1) / m.sum(1)                                    # (B, H)
+    return (e * m).sum(1) / m.sum(1)                                            # (B, H)
 
 
-def choose_attention(encoder):
-    """Gives the encoder the attention kernel that is fastest for the next pass.
+def transformer_layer(layer, x, e, mask):
+    """One layer's output for the tokens x (B, Q, H), which attend to all tokens e (B, L, H).
 
-    That is torch's fused one. The exception: on CPUs the gradient of the fused one is slow in bf16,
-    up to ten times slower than that of plain attention for short texts.
+    layer: a Hugging Face BertLayer or RobertaLayer; mask: (B, 1, 1, L), added to the scores.
+    Returns (B, Q, H).
     """
-    slow = encoder.device.type == "cpu" and encoder.dtype == torch.bfloat16
-    kernel = "eager" if slow and torch.is_grad_enabled() else "sdpa"
-    if encoder.config._attn_implementation != kernel:
-        encoder.set_attn_implementation(kernel)
+    attention = layer.attention.self
+    heads, p = attention.num_attention_heads, attention.dropout.p if layer.training else 0.0
+    q, k, v = (linear(y).unflatten(-1, (heads, -1)).transpose(1, 2) for linear, y in
+               [(attention.query, x), (attention.key, e), (attention.value, e)])    # (B, heads, L, d)
+    # torch's fused attention is the fastest, but on CPUs its gradient is slow
+    if e.device.type == "cpu" and q.requires_grad:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask         # (B, heads, Q, L)
+        attended = F.dropout(scores.softmax(-1), p) @ v                         # (B, heads, Q, d)
+    else:
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    attended = layer.attention.output(attended.transpose(1, 2).flatten(2), x)   # (B, Q, H)
+    return layer.output(layer.intermediate(attended), attended)
 
 
 @contextmanager
@@ -130,8 +133,12 @@ def stand_in(module, tensors):
 
 
 def weights_in(encoder, dtype):
-    """The encoder's parameters in a dtype, {name: tensor}, for stand_in()."""
-    return {name: p.to(dtype) for name, p in encoder.named_parameters()}
+    """The encoder's parameters for stand_in(), {name: tensor}: its layers in a dtype.
+
+    The embedding layer stays in float32: it is large, and only a few of its rows are used.
+    """
+    return {name: p if name.startswith("embeddings.") else p.to(dtype)
+            for name, p in encoder.named_parameters()}
 
 
 # ---- The convex hull of a text's substitutions (ASCC), and the adversary in it -------------------

@@ -74,7 +74,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
     own = [*model.head.parameters(), *model.g.parameters(), *model.h.parameters()]
     adamw = torch.optim.AdamW([{"params": list(model.encoder.parameters()), "weight_decay": 0.0},
                                {"params": own, "weight_decay": s.weight_decay}],
-                              lr=s.lr, eps=s.adam_eps)
+                              lr=s.lr, eps=s.adam_eps, fused=True)
     log, best = load_checkpoint(folder, model, adamw)
 
     for epoch in range(len(log) + 1, s.epochs + 1):
@@ -82,6 +82,8 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
             group["lr"] = s.lr * s.schedule[min(epoch, len(s.schedule)) - 1]
         rng = np.random.default_rng([s.seed, epoch])
         batches = data.balanced_batches(y, lengths, s.batch_size, rng)
+        # a last, smaller batch may be too small to share out
+        batches = [rows for rows in batches if len(rows) >= len(task.labels) * world] or batches
         start, sums = time.monotonic(), Counter()
         model.train()
         bar = tqdm(batches, f"{s.method} epoch {epoch}/{s.epochs}", leave=False,
@@ -557,6 +559,9 @@ def main(argv):
         dist.barrier()
     if len(task.dev) < 4:
         raise InputError(f"--dev-size: dev has {len(task.dev)} texts, at least 4 are needed")
+    if s.batch_size < 2 * len(task.labels):             # before the teacher reads all texts
+        raise InputError(f"--batch-size {s.batch_size}: wanted at least {2 * len(task.labels)}, "
+                         f"two texts of each of {len(task.labels)} classes")
     known = {}
     for (method, seed), folder in folders.items():
         settings = SimpleNamespace(**vars(s) | {"method": method, "seed": seed})
@@ -564,7 +569,8 @@ def main(argv):
             run(task, table, settings, folder, args.resume, args.overwrite, known)
         except KeyboardInterrupt:
             goes_on = (folder / "checkpoint.safetensors").exists()
-            raise KeyboardInterrupt("the same command with --resume goes on" if goes_on else
+            flag = "--resume in place of --overwrite" if "--overwrite" in argv else "--resume"
+            raise KeyboardInterrupt(f"the same command with {flag} goes on" if goes_on else
                                     "no epoch was finished yet") from None
     if args.task == "toy" and rank == 0:
         device = ["--device", args.device] if args.device else []
