@@ -277,6 +277,8 @@ def load_run(folder, device=None, precision=None, batch_size=64, table=None):
         missing, unexpected = ["head"], []
     if unexpected or any(not name.startswith(("encoder.", "teacher.")) for name in missing):
         raise InputError(f"{folder / 'model.safetensors'}: of another run, or damaged")
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise InputError(f"{folder}: its weights are not finite")
     if s.max_len > longest_input(encoder):
         raise InputError(f"{folder}: config.json has max_len {s.max_len}, the encoder positions "
                          f"for {longest_input(encoder)} tokens: files of two runs")
@@ -794,10 +796,19 @@ STYLES = [("#000000", "o"), ("#0072B2", "s"), ("#009E73", "D"), ("#CC79A7", "P")
           ("#D55E00", "^"), ("#56B4E9", "X"), ("#999999", "*"), ("#8C510A", "h"), ("#4D4D4D", "<")]
 
 
-def style(method, **more):
-    """The look of a method's curve, for matplotlib's errorbar."""
-    colour, marker = STYLES[list(rift.METHODS).index(method) % len(STYLES)]
-    return dict(color=colour, marker=marker, capsize=2.5, lw=1.2, ms=5, elinewidth=0.8) | more
+def curves(runs, *free):
+    """Yields (name, runs, look) for each curve, see by_settings(); look: for matplotlib's errorbar.
+
+    A method has a colour and a marker; its curves with other settings have other lines.
+    """
+    seen = Counter()
+    for name, same in by_settings(runs, *free).items():
+        method = same[0].run.method
+        colour, marker = STYLES[list(rift.METHODS).index(method) % len(STYLES)]
+        line = ["-", "--", ":", "-."][seen[method] % 4]
+        seen[method] += 1
+        yield name, same, dict(color=colour, marker=marker, ls=line, lw=1.2, ms=5, capsize=2.5,
+                               elinewidth=0.8)
 
 
 def spread(values, n=None):
@@ -817,7 +828,9 @@ def read_finished(folder, attack, split):
     """
     s, _ = settings_of(folder)
     metrics, log = data.read_json(folder / "metrics.json"), data.read_lines(folder / "log.jsonl")
-    kept = next(line for line in log if line["epoch"] == metrics["best_epoch"])
+    kept = next((line for line in log if line["epoch"] == metrics.get("best_epoch")), None)
+    if kept is None:
+        raise InputError(f"{folder / 'log.jsonl'}: lacks the epoch that metrics.json names")
     path = folder / ("eval.json" if split == "test" else f"eval-{split}.json")
     scores = data.read_json(path) if path.exists() else {}
     if attack not in scores and attack == "hull":
@@ -842,31 +855,26 @@ def points_over(runs, key, measures):
 
 def draw_alpha(ax, runs, attack):
     """Clean and robust accuracy over alpha; adv is drawn at 0."""
-    for name, same in by_settings(runs, "alpha").items():
-        method = same[0].run.method
-        if method not in ("adv", "rift"):
-            continue
+    for name, same, look in curves([x for x in runs if x.run.method in ("adv", "rift")], "alpha"):
         alphas, measured = points_over(same, "alpha", ["clean", attack])
-        for measure, points, line in zip(["clean", attack], measured, ["-", "--"]):
-            x = [0] if method == "adv" else alphas
-            points = points[:1] if method == "adv" else points
-            ax.errorbar(x, points[:, 0], points[:, 1:].T, ls=line, label=f"{name}, {measure}",
-                        **style(method, mfc=None if line == "-" else "white"))
+        for measure, points, fill in zip(["clean", attack], measured, [look["color"], "white"]):
+            if same[0].run.method == "adv":
+                alphas, points = [0], points[:1]
+            ax.errorbar(alphas, points[:, 0], points[:, 1:].T, mfc=fill, label=f"{name}, {measure}",
+                        **look)
     ax.set(xlabel="alpha, weight of L_info (adv has none)", ylabel="accuracy")
 
 
 def draw_tradeoff(ax, runs, attack):
     """Clean against robust accuracy, one point for each beta."""
-    for name, same in by_settings(runs, "beta").items():
-        method = same[0].run.method
+    for name, same, look in curves(runs, "beta"):
         betas, (clean, robust) = points_over(same, "beta", ["clean", attack])
-        ax.errorbar(clean[:, 0], robust[:, 0], robust[:, 1:].T, clean[:, 1:].T, label=name,
-                    **style(method))
-        left = method == "adv"          # the curves lie close together: labels on either side
+        ax.errorbar(clean[:, 0], robust[:, 0], robust[:, 1:].T, clean[:, 1:].T, label=name, **look)
+        left = same[0].run.method == "adv"      # the curves lie close: labels on either side
         for beta, x, y in zip(betas, clean[:, 0], robust[:, 0]):
             ax.annotate(f"{beta:g}", (x, y), textcoords="offset points", fontsize=8,
                         xytext=(-5, -11) if left else (5, 5), ha="right" if left else "left",
-                        color=style(method)["color"])
+                        color=look["color"])
     ax.margins(0.08)
     ax.set(xlabel="clean accuracy", ylabel=f"accuracy under {attack}")
     ax.legend(title="numbers: beta")
@@ -874,14 +882,14 @@ def draw_tradeoff(ax, runs, attack):
 
 def draw_forgetting(ax, runs, attack, measure, label):
     """A measure of forgetting over the epochs; rings mark the epochs that were kept."""
-    for name, same in by_settings(runs).items():
+    for name, same, look in curves(runs):
         epochs = sorted({line["epoch"] for x in same for line in x.log})
         points = np.array([spread([measure(line) for x in same for line in x.log
                                    if line["epoch"] == epoch]) for epoch in epochs])
-        ax.errorbar(epochs, points[:, 0], points[:, 1:].T, label=name, **style(same[0].run.method))
+        ax.errorbar(epochs, points[:, 0], points[:, 1:].T, label=name, **look)
         kept = [(x.kept["epoch"], measure(x.kept)) for x in same]
         ax.scatter(*zip(*kept), s=70, facecolors="none", linewidths=1.2,
-                   edgecolors=style(same[0].run.method)["color"])
+                   edgecolors=look["color"])
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="epoch (rings: the kept ones)", ylabel=label)
 

@@ -292,16 +292,18 @@ def open_folder(folder, config, resume, overwrite):
         if before.get("processes") != config["processes"]:
             raise InputError(f"{folder}: --resume with {config['processes']} processes, but the "
                              f"run was started with {before.get('processes')}")
-        if (folder / "metrics.json").exists():
-            print(f"{folder}: finished already", file=sys.stderr)
-            return False
     else:
         for name in FILES:
             data.remove(folder / name)
         data.write_json(folder / "config.json", config)
     for path in folder.glob(".*.tmp"):                  # of a run that was killed as it wrote
         data.remove(path)
-    return True
+    finished = (folder / "metrics.json").exists()
+    if finished:
+        print(f"{folder}: finished already", file=sys.stderr)
+        for name in CHECKPOINTS:                        # if it was killed as it removed them
+            data.remove(folder / name)
+    return not finished
 
 
 # ---- Several processes ---------------------------------------------------------------------------

@@ -1,39 +1,32 @@
 """How much faster is this project than the plain formulation of the same mathematics?
 
-    python -m tests.benchmark --model MINILM_DIR --data-dir DIR               everything
-    python -m tests.benchmark train attacks --json ratios.json --scaling      chosen parts, and how the cost grows
+    python -m tests.benchmark --model MINILM_DIR --data-dir DIR             everything
+    python -m tests.benchmark train clean --json FILE --model ..            chosen parts
 
-Every ratio is baseline time / our time, measured in one process by turns, with the same weights, texts, torch,
-threads and attention kernels. The baseline is fp32 throughout, also beside our bf16, with torch's fused attention;
-ours has that too, but in bf16 on CPUs (eval.attention_for). What the baseline does is written here:
+A ratio is the baseline's time / our time, measured in one process, with the same weights, texts,
+torch and threads. The baseline is fp32 throughout, beside our bf16 too, and has the attention that
+is faster for it: "eager" (plain) or "sdpa" (fused). It is written here:
 
-- `plain_step`, training: every text padded to the longest input, embeddings (B, L, K, H) of all K = 10 candidates of
-  every position mixed by einsum, the last layer's output computed for every token, parameter gradients accumulated
-  while the adversary searches, a forward pass each for cross-entropy, the clean side of KL, its adversarial side, and
-  L_info, the teacher run at every step.
-- `plain_probabilities`, evaluation: batches of 32 texts in the order given, each padded to the longest input.
-- `plain_attack`: one query at a time, padded likewise, nothing remembered: PWWS scores the original again for each
-  candidate, genetic its base member for each perturbation. The attacks themselves are this project's generators.
+- plain_step, training: every text padded to the longest input; all K = 10 candidates of every
+  position embedded; a forward pass for each part of the loss; the teacher run at every step.
+- plain_probabilities, evaluation: batches of 32 texts in the order given, padded likewise.
+- plain_attack: this project's attacks, one query at a time, padded likewise, nothing remembered.
 
-"agrees" means, in fp32, with dropout off and one start v on the very batches that are timed: every loss term to 1e-4
-and every parameter's gradient to 1e-3, relative, in norm (floor: 1e-6 of the whole gradient's norm, because some are
-true zeros, such as a key's bias, that rounding fills); probabilities to 1e-4; the same adversarial texts. In bf16,
-against the same fp32 results: the loss to 2%, verdicts on 90% of the examples. Three more columns say where a NO in fp32
-comes from. "by step": the same check when every step of our search starts from the v where the baseline's stands, and its
-gradient to 1e-3 there. "float64": the check of "agrees" with both sides in float64, to a millionth of its tolerances.
-"itself": the check of "agrees" between the baseline and the baseline with plain attention. In fp32 a search magnifies
-rounding without bound: Adam's first steps are nearly the sign of a gradient, and where that is almost 0 they go either way.
+"agrees", in fp32: a training step (dropout off) has the same losses, to 1e-4, and gradients, to
+1e-3, at the same adversary w (each side takes the other's), and after its own search in float64: in
+fp32 a search magnifies rounding, because Adam's first steps are nearly the sign of a gradient, and
+where that is almost 0 they go either way. Clean: probabilities to 1e-4. Attacks: the same texts.
+In bf16, against the fp32 baseline: the loss to 2% at the same w, verdicts on 90% of the texts.
 
-Without --data-dir the texts are random words, without --model the encoder is small and random: the command runs
-anywhere, but its ratios are then of a toy size.
+Without --data-dir the texts are random words, without --model the encoder is small and random: that
+runs anywhere, but its ratios are of a toy size.
 """
 import argparse
 import copy
+import ctypes
 import functools
-import json
-import os
-import platform
-import subprocess
+import itertools
+import re
 import sys
 import time
 from collections import Counter
@@ -45,7 +38,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tqdm import tqdm
 
 import attacks
@@ -54,654 +46,541 @@ import eval
 import rift
 import train
 
-BATCH = {"imdb": 8, "snli": 24}  # texts a step: the paper's 32 and 120 give like ratios and take minutes a step
-REGULARISER = 1e-2  # of the fitted head: its KL is then of the size that training sees, 0.05 to 1 nat
-EPOCHS = 20  # of the paper: a step bears 1/20 of the teacher's one pass over its texts
-POPULATION, GENERATIONS = 20, 10  # of the genetic attack
+EPOCHS = 20     # of the paper: our teacher reads a text once, not in each of 20 epochs
+TEXTS = {"imdb": dict(train_size=1600, dev_size=2, test_size=1200),
+         "snli": dict(train_size=1200, dev_size=3, test_size=3)}
 
-# ----------------------------------------------------------------------------------------------------------
-# The baseline
+# ---- The baseline, and our training step ---------------------------------------------------------
 
 
 def padded(tensor, shape, value=0):
-    """The tensor with its last dimensions filled up to `shape` with a value, or cut down to it."""
+    """The tensor, filled up with a value, or cut, to this shape."""
     out = tensor.new_full(shape, value)
     part = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, shape))
     out[part] = tensor[part]
     return out
 
 
-def plain_batch(vocabulary, texts):
-    """Vocabulary.encode, padded to the longest input and the most candidates that there may be."""
-    batch = vocabulary.encode(texts, hull=True)
-    B, L, K = len(texts), vocabulary.max_len, vocabulary.max_candidates
-    return {"input_ids": padded(batch["input_ids"], (B, L), vocabulary.pad),
-            "attention_mask": padded(batch["attention_mask"], (B, L)),
-            "subs": padded(batch["subs"], (B, L, K), vocabulary.pad),
-            "subs_mask": padded(batch["subs_mask"], (B, L, K), False)}
+def plain_batch(vocabulary, texts, hull=True):
+    """Vocabulary.encode, padded to the longest input and the most candidates."""
+    shape = len(texts), vocabulary.max_len, vocabulary.max_candidates
+    filler = {"input_ids": vocabulary.pad, "subs": vocabulary.pad}
+    return {name: padded(tensor, shape[:tensor.ndim], filler.get(name, 0))
+            for name, tensor in vocabulary.encode(texts, hull=hull).items()}
 
 
-def plain_features(encoder, input_ids, attention_mask, e=None):
-    """S = F_s(x) (B, H): every layer's output for every token, then the pooler. e (B, L, H): embeddings to use."""
-    with rift.embeddings_are(encoder, e):
-        return encoder(input_ids=input_ids, attention_mask=attention_mask,
-                       position_ids=rift.positions_of(encoder, input_ids.shape[1])).pooler_output
+def plain_features(encoder, e, attention_mask):
+    """F(x) (B, H) of embeddings e (B, L, H): every layer for every token, then the pooler."""
+    mask = (1 - attention_mask.to(e.dtype)) * torch.finfo(e.dtype).min          # (B, L)
+    return encoder.pooler(encoder.encoder(e, attention_mask=mask[:, None, None])[0])
 
 
-def plain_step(model, adamw, input_ids, attention_mask, subs, subs_mask, y, v, s):
-    """A training step of RIFT, line by line as the paper has it (method sections 1 and 2).
+def plain_step(model, adamw, input_ids, attention_mask, subs, subs_mask, y, v, s, w=None):
+    """A training step of RIFT as the paper has it, line by line.
 
-    input_ids, attention_mask: (B, L); subs, subs_mask, v: (B, L, K); y: (B,). Returns the loss terms as floats.
+    input_ids, attention_mask: (B, L); subs, subs_mask, v: (B, L, K); y: (B,); w: (B, L, K), what an
+    adversary has found, by default the search from v. Returns {loss term: float} and w.
     """
     encoder, head, (B, L, K) = model.encoder, model.head, subs.shape
-    position_ids = rift.positions_of(encoder, L)                                             # (1, L)
+    positions = rift.position_ids(encoder, L).repeat_interleave(K, dim=1)       # (1, L * K)
     m = subs_mask.float()
 
-    def F_s(e=None):
-        return plain_features(encoder, input_ids, attention_mask, e)                         # (B, H)
+    def F_s(e):
+        return plain_features(encoder, e, attention_mask)                       # (B, H)
+
+    def clean():
+        return rift.embed(encoder, input_ids)                                   # (B, L, H)
 
     def candidates():
-        positions = position_ids[..., None].expand(B, L, K).reshape(B, L * K)
-        return encoder.embeddings(input_ids=subs.reshape(B, L * K), position_ids=positions).view(B, L, K, -1)
+        return rift.embed(encoder, subs.view(B, L * K), positions).view(B, L, K, -1)
 
     def mixture(w, E):
-        return torch.einsum("blk,blkh->blh", w, E)                                           # (B, L, H)
+        return torch.einsum("blk,blkh->blh", w, E)                              # (B, L, H)
 
-    # x^: the adversary's search, dropout off
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        E, clean = candidates(), head(F_s())                                                 # (B, L, K, H), (B, C)
-    v = v.clone().requires_grad_()
-    adam = torch.optim.Adam([v], lr=s["adv_lr"], weight_decay=s["adv_weight_decay"])
-    for _ in range(s["adv_steps"]):
-        w = torch.softmax(v * m + 500 * (m - 1), -1)
-        entropy = -(w * w.clamp_min(1e-30).log()).sum()
-        gain = rift.kl_divergence(clean, head(F_s(mixture(w, E)))) * B - s["sparsity"] * entropy / (300 * 128)
-        adam.zero_grad()
-        (-gain).backward()                                                                   # v's, and all parameters'
-        adam.step()
-    w = torch.softmax(v.detach() * m + 500 * (m - 1), -1)
-    model.train(training)
+    if w is None:       # x^: the search of the adversary, with dropout off
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            E = candidates()                                                    # (B, L, K, H)
+            q = head(F_s(clean()))                                              # (B, C)
+        v = v.clone().requires_grad_()
+        adam = torch.optim.Adam([v], lr=s.adv_lr, weight_decay=s.adv_weight_decay)
+        for _ in range(s.adv_steps):
+            w = torch.softmax(v * m + 500 * (m - 1), -1)
+            kl = rift.kl_divergence(q, head(F_s(mixture(w, E)))) * B
+            entropy = -(w * w.clamp_min(1e-30).log()).sum()
+            loss = s.sparsity * entropy / (300 * 128) - kl
+            adam.zero_grad()
+            loss.backward()                             # gradients of the parameters too
+            adam.step()
+        w = torch.softmax(v.detach() * m + 500 * (m - 1), -1)
+        model.train(training)
 
-    # the loss, a forward pass for each of its parts
-    adamw.zero_grad()
-    ce = F.cross_entropy(head(F_s()), y)
-    kl = rift.kl_divergence(head(F_s()), head(F_s(mixture(w, candidates()))))
+    adamw.zero_grad()   # the loss, with a forward pass for each of its parts
+    ce = F.cross_entropy(head(F_s(clean())), y)
+    kl = rift.kl_divergence(head(F_s(clean())), head(F_s(mixture(w, candidates()))))
     with torch.no_grad():
-        T = plain_features(model.teacher, input_ids, attention_mask)                         # (B, H)
-    info = rift.L_info(F_s(mixture(w, candidates())), T, y, model.g, model.h, s["tau"])
-    loss = ce + s["beta"] * kl + s["alpha"] * info
+        T = plain_features(model.teacher, rift.embed(model.teacher, input_ids), attention_mask)
+    info = rift.L_info(F_s(mixture(w, candidates())), T, y, model.g, model.h, s.tau)
+    loss = ce + s.beta * kl + s.alpha * info
     loss.backward()
     adamw.step()
-    return {"ce": ce.item(), "kl": kl.item(), "info": info.item(), "loss": loss.item()}
+    return {"loss": loss.item(), "ce": ce.item(), "kl": kl.item(), "info": info.item()}, w
 
 
 @torch.no_grad()
 def plain_probabilities(model, vocabulary, texts, batch_size=32):
-    """Class probabilities of texts (lists of words) -> (N, C) array."""
-    P, device = [], model.encoder.device
+    """Class probabilities of N texts as words: an (N, C) array."""
+    P = []
     for start in range(0, len(texts), batch_size):
-        batch = vocabulary.encode(texts[start:start + batch_size])
-        shape = len(batch["input_ids"]), vocabulary.max_len
-        ids = padded(batch["input_ids"], shape, vocabulary.pad).to(device)
-        mask = padded(batch["attention_mask"], shape).to(device)
-        P.append(torch.softmax(model.head(plain_features(model.encoder, ids, mask)), -1).cpu())
+        batch = plain_batch(vocabulary, texts[start:start + batch_size], hull=False)
+        ids, mask = (tensor.to(model.encoder.device) for tensor in batch.values())
+        S = plain_features(model.encoder, rift.embed(model.encoder, ids), mask)
+        P.append(torch.softmax(model.head(S), -1).cpu())
     return torch.cat(P).numpy()
 
 
-def plain_attack(model, vocabulary, example, method, name, rescored):
-    """One example attacked with one query at a time -> attacks.Result.
+def plain_attack(model, vocabulary, words, y, synonyms, method, rng):
+    """The words of the adversarial text that an attack finds with one query at a time."""
+    def score(words):
+        return plain_probabilities(model, vocabulary, [(words,)])[0]            # (C,)
 
-    rescored: how often the text that a round of queries started from is scored again, from (queries, words).
-    """
-    index, text, y = example
-    words = tuple(text.split(" "))
-    steps = attacks.attack_one(index, [], words, y, method, vocabulary.neighbors, 0, name, {})
+    steps = method(words, y, synonyms, rng)
     wanted = next(steps)
-    while True:
-        for _ in range(rescored(len(wanted), len(words)) if len(wanted) > 1 else 0):
-            plain_probabilities(model, vocabulary, [(words,)])
-        P = [plain_probabilities(model, vocabulary, [(text,)])[0] for text in wanted]
+    for step in itertools.count():
+        P = []
+        for text in wanted:
+            P.append(score(text))
+            if method is attacks.pwws and step == 2:
+                score(words)    # its authors score the original again beside each candidate
         try:
             wanted = steps.send(np.array(P, dtype=np.float64))
         except StopIteration as stop:
             return stop.value
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Texts and models
+def our_step(model, adamw, batch, y, T, v, s, precision, w=None):
+    """What train.train does with a batch, in the same order. Returns what plain_step returns."""
+    adamw.zero_grad()
+    theta = rift.weights_in(model.encoder, eval.DTYPES[precision])
+    with rift.stand_in(model.encoder, theta):
+        if w is None:
+            w = rift.adversary(model.encoder, model.head, **batch, v=v, pooling=s.pooling,
+                               **eval.search_settings(s))
+        outputs = model(**batch, y=y, w=w, T=T, tau=s.tau)
+    terms = rift.objective(outputs, "rift", vars(s))
+    terms["loss"].backward()
+    losses = {name: value.item() for name, value in terms.items()}
+    train.check_finite(losses, model, 1, 0, adamw)
+    adamw.step()
+    return losses, w
 
 
-def attend(model, attention):
-    """Gives both encoders this attention of transformers, "sdpa" (fused, the baseline's) or "eager"."""
-    for encoder in (model.encoder, model.teacher):
-        encoder.set_attn_implementation(attention)
+# ---- Texts and models ----------------------------------------------------------------------------
 
 
 def random_encoder():
-    """A small random BERT and a tokenizer of 1,000 made-up words, for a run without --model."""
+    """A small random BERT, and a tokenizer of 950 made-up words."""
     torch.manual_seed(0)
-    words = [a + b + c for a in "bcdfghklmn" for b in "aeiou" for c in "bcdfghklmnprstvwxyz"][:1000]
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words]
-    tokenizer = Tokenizer(models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]",
-                                                     cls_token="[CLS]", sep_token="[SEP]")
-    config = transformers.BertConfig(vocab_size=len(tokens), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                     intermediate_size=128, initializer_range=0.1)
+    words = map("".join, itertools.product("bcdfghklmn", "aeiou", "bcdfghklmnprstvwxyz"))
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    tokenizer = transformers.BertTokenizer(vocab={token: i for i, token in enumerate(tokens)})
+    config = transformers.BertConfig(
+        vocab_size=len(tokens), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=128, initializer_range=0.1)
     return transformers.BertModel(config), tokenizer
 
 
-def whole_words(tokenizer, n=1000):
-    """n words that are one token each, in alphabetic order."""
-    words = {token.removeprefix("Ġ") for token in tokenizer.get_vocab()}
-    words = sorted(word for word in words if word.isascii() and word.isalpha() and word.islower() and len(word) > 2)
-    return words[:: max(len(words) // n, 1)][:n]
+def random_examples(words, C, n, length, parts=1):
+    """n data.Example of about `length` random words; half of the words hint at the class."""
+    rng = np.random.default_rng(0)
+
+    def text(y):
+        size = rng.integers(length // 4, 2 * length)
+        hints = np.where(rng.random(size) < 0.5, y, rng.integers(C, size=size))
+        at = rng.integers(len(words) // C, size=size) * C + hints
+        return tuple(words[i] for i in at)
+
+    return [data.Example(tuple(text(i % C) for _ in range(parts)), i % C) for i in range(n)]
 
 
-def made_up_task(name, words, sizes, lengths=None):
-    """A data.Task of random words, with lengths like the real one's and words that hint at the class."""
-    rng, C = np.random.default_rng(0), {"imdb": 2, "snli": 3}[name]
-    mean, spread = {"imdb": (5.3, 0.7), "snli": (2.5, 0.3)}[name]                            # of log(number of words)
+class Case:
+    """A task as both sides see it: texts, vocabulary, settings, a model and its optimizer.
 
-    def text(y, n):
-        k = rng.integers(len(words) // C, size=n) * C + np.where(rng.random(n) < 0.5, y, rng.integers(C, size=n))
-        return tuple(words[i] for i in k)
+    The learning rate is 0: AdamW does all its work, yet every step, of either side, starts from the
+    same weights.
+    """
 
-    def example(i):
-        n = np.exp(rng.normal(mean, spread, size=1 if name == "imdb" else 2)).astype(int).clip(4, 1000)
-        return data.Example(tuple(text(i % C, n_words) for n_words in (lengths or n)), i % C)
-
-    train_, dev, test = ([example(i) for i in range(size)] for size in sizes)
-    return data.Task(name, [str(c) for c in range(C)], train_, dev, test, "")
-
-
-class Bench:
-    """What the parts of the benchmark share: encoder, words, tasks and the command line's choices."""
-
-    def __init__(self, args):
-        self.args, self.device = args, eval.pick_device(args.device)
-        self.encoder, self.tokenizer = eval.load_encoder(args.model) if args.model else random_encoder()
+    def __init__(self, args, name):
+        self.args, self.name, self.device = args, name, eval.pick_device(args.device)
+        _, self.s = train.parse(["--task", name, "--adv-steps", str(args.adv_steps)])
+        encoder, self.tokenizer = eval.load_encoder(args.model) if args.model else random_encoder()
+        words = {token.removeprefix("Ġ") for token in self.tokenizer.get_vocab()}
+        self.words = sorted(x for x in words if x.isascii() and x.isalpha() and x.islower())[:900]
+        C, parts, length = {"imdb": (2, 1, 200), "snli": (3, 2, 12)}[name]
         if args.data_dir:
-            self.table = data.load_neighbors(args.data_dir / "counterfitted_neighbors.json")
-        else:
-            self.table = self.circle(8)
-
-    def circle(self, n):
-        """A table that gives each whole word of the vocabulary the n next ones."""
-        words = whole_words(self.tokenizer)
-        return {word: [words[(i + k) % len(words)] for k in range(1, n + 1)] for i, word in enumerate(words)}
-
-    @functools.cache
-    def task(self, name):
-        """The task's texts: a balanced random sample of the real ones, or random words."""
-        sizes = dict(imdb=(1600, 2, 1200), snli=(1200, 3, 3))[name]
-        if self.args.data_dir:
-            sizes = dict(zip(("train_size", "dev_size", "test_size"), sizes))
-            return data.load_task(name, self.args.data_dir, **sizes)
-        return made_up_task(name, list(self.table), sizes)
-
-    def settings(self, name, **changes):
-        """train.py's own settings of a run, with a learning rate of 0: AdamW does all its work, yet the weights stay,
-        so that every step, the baseline's too, starts from the same ones."""
-        _, s = train.parse(["--task", name, "--adv-steps", str(self.args.adv_steps)])
-        return s | {"method": "rift", "lr": 0.0} | changes
-
-    def vocabulary(self, s, table=None):
-        return data.Vocabulary(self.tokenizer, s["max_len"], table or self.table, s["unknown_words"], s["candidates"])
-
-    @functools.cache
-    def model(self, name):
-        """A RIFT whose head has been fitted, so that KL and attacks mean something -> (model, vocabulary)."""
+            table = data.load_neighbors("counterfitted_neighbors.json", args.data_dir)
+            task = data.load_task(name, args.data_dir, **TEXTS[name])
+            self.train, self.test = task.train, task.test
+        else:           # from none to eight substitutes
+            table = {x: self.words[i + 1:i + 1 + i % 9] for i, x in enumerate(self.words)}
+            self.train, _, self.test = (random_examples(self.words, C, n, length, parts)
+                                        for n in TEXTS[name].values())
+        self.vocabulary = data.Vocabulary(self.tokenizer, self.s.max_len, table)
+        self.texts = [self.vocabulary.visible(x.words) for x in self.train]
+        self.y = torch.tensor([x.y for x in self.train], device=self.device)
         torch.manual_seed(0)
-        s, task = self.settings(name), self.task(name)
-        model = rift.RIFT(copy.deepcopy(self.encoder), len(task.labels), s["pooling"]).to(self.device).eval()
-        vocabulary = self.vocabulary(s)
-        some = sorted(task.train[:600], key=lambda x: sum(map(len, x.words)))[:200]
-        X = eval.Victim(model, vocabulary).features([vocabulary.visible(x.words) for x in some])
-        y = torch.tensor([x.y for x in some], device=self.device)
-        lbfgs = torch.optim.LBFGS(model.head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+        self.model = rift.RIFT(encoder, C).to(self.device).eval()
+        self.fit_head()
+        self.adamw = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad],
+                                       lr=0.0, eps=self.s.adam_eps)
+        self.T = {}     # {precision: {text's number: the teacher's features}}
 
-        def closure():
-            lbfgs.zero_grad()
-            penalty = sum(p.square().sum() for p in model.head.parameters())
-            loss = F.cross_entropy(model.head(X), y) + REGULARISER * penalty
-            loss.backward()
-            return loss
+    def fit_head(self, n=200):
+        """Fits the head to n short texts, so that KL is as large as in training, 0.05 to 1 nat, and
+        attacks have something to break."""
+        rows = sorted(range(3 * n), key=lambda i: sum(map(len, self.texts[i])))[:n]
+        S = eval.Victim(self.model, self.vocabulary).features([self.texts[i] for i in rows])
+        adam = torch.optim.Adam(self.model.head.parameters(), weight_decay=0.02)
+        for _ in range(300):
+            adam.zero_grad()
+            F.cross_entropy(self.model.head(S), self.y[rows]).backward()
+            adam.step()
 
-        lbfgs.step(closure)
-        return model, vocabulary
+    def victim(self, precision):
+        """The model as eval.load_run gives it: its encoder is held in the precision."""
+        model = copy.deepcopy(self.model)
+        model.encoder.to(eval.DTYPES[precision])
+        return eval.Victim(model, self.vocabulary, precision=precision)
 
     def seconds(self, function, *args):
-        """function(*args) -> (seconds that it took, what it returned)."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        """The seconds that function(*args) takes, and what it returns."""
+        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        wait()
         start = time.perf_counter()
         out = function(*args)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         return time.perf_counter() - start, out
 
+    def attend(self, kernel):
+        """Sets the baseline's attention: before each step, because our passes set their own."""
+        self.kernel = kernel
+        self.model.encoder.set_attn_implementation(kernel)
+        self.model.teacher.set_attn_implementation(kernel)
 
-# ----------------------------------------------------------------------------------------------------------
-# Training
+    def attend_faster(self, function, *args):
+        """Sets the attention with which the baseline's function(*args) is faster."""
+        times = {}
+        for kernel in ("eager", "sdpa", "eager"):       # the first time is the warm-up's
+            self.attend(kernel)
+            times[kernel], _ = self.seconds(function, *args)
+        self.attend(min(times, key=times.get))
+
+    def row(self, baseline, ours, agrees):
+        """A row of the table and of the JSON file."""
+        return {"ratio": baseline / ours, "baseline_s": baseline, "ours_s": ours,
+                "agrees": bool(agrees), "attention": self.kernel}
+
+    def start(self, rows):
+        """Where both searches start for texts: v (B, L, K), in the baseline's padded shape."""
+        L, K = self.s.max_len, self.s.candidates
+        generator = torch.Generator().manual_seed(int(rows[0]))
+        return rift.noise((len(rows), L, K), L, generator).to(self.device)
+
+    def plain(self, rows, w=None):
+        """The baseline's step -> losses, w."""
+        self.attend(self.kernel)
+        batch = plain_batch(self.vocabulary, [self.texts[i] for i in rows])
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        v = self.start(rows)
+        w = w if w is None else padded(w, v.shape)
+        return plain_step(self.model, self.adamw, **batch, y=self.y[rows], v=v, s=self.s, w=w)
+
+    def teach(self, rows, precision):
+        """Runs the teacher once, for all of our steps on these texts."""
+        victim = eval.Victim(self.model, self.vocabulary, precision=precision)
+        T = victim.features([self.texts[i] for i in rows], self.model.teacher)
+        self.T[precision] = dict(zip(rows, T))
+
+    def ours(self, rows, precision, w=None):
+        """Our step -> losses, w."""
+        batch = self.vocabulary.encode([self.texts[i] for i in rows], hull=True)
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        T = torch.stack([self.T[precision][i] for i in rows])
+        v = padded(self.start(rows), batch["subs"].shape)
+        w = w if w is None else padded(w, v.shape)
+        return our_step(self.model, self.adamw, batch, self.y[rows], T, v, self.s, precision, w)
+
+    def outcome(self, step, *args):
+        """(losses, gradients) of a step, and its w."""
+        losses, w = step(*args)
+        gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+                     for name, p in self.model.named_parameters() if p.requires_grad}
+        return (losses, gradients), w
 
 
-def row(baseline, ours, agrees, **more):
-    return {"ratio": baseline / ours, "baseline_s": baseline, "ours_s": ours, "agrees": bool(agrees)} | more
-
-
-def worst(found, expected, relative, floor):
-    """The largest difference of tensors or numbers by name, as a share of what is allowed -> (share, name).
-
-    Allowed is `relative` times the norm of the expected one, at least `floor`. A missing or extra name is infinite.
-    """
-    if found.keys() != expected.keys():
-        return float("inf"), str(sorted(found.keys() ^ expected.keys()))
-    pairs = {k: [torch.as_tensor(x[k]).double() for x in (found, expected)] for k in expected}
-    return max(((((a - b).norm() / max(relative * b.norm(), floor)).item(), k) for k, (a, b) in pairs.items()), default=(0.0, ""))
+# ---- Training ------------------------------------------------------------------------------------
 
 
 @contextmanager
-def float64(model, *optimizers):
-    """Inside, the model, the moments of its optimizers, and all that this project makes float32, are float64."""
+def float64(model):
+    """Inside, the model, and all that this project makes float32, are float64."""
     def cast(dtype):
         torch.set_default_dtype(dtype)
         model.to(dtype)
-        for optimizer in optimizers:
-            optimizer.load_state_dict(optimizer.state_dict())                                # casts to its parameters' type
 
-    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double), \
+         mock.patch.dict(eval.DTYPES, fp32=torch.float64):
+        cast(torch.float64)
         try:
-            yield cast(torch.float64)
+            yield
         finally:
             cast(torch.float32)
 
 
-@contextmanager
-def search_steps(follow=()):
-    """Inside, the steps of the adversary's search are kept: yields a list of (gradient of v, v after the step).
+def differences(found, expected):
+    """How far losses and gradients are from the expected ones: {name: share of what is allowed}.
 
-    follow: such a list; its v are then taken in place of Adam's, so that every step starts where that search stood.
+    Allowed are 1e-4 of a loss and, in norm, 1e-3 of a parameter's gradient, at least 1e-6 of the
+    whole gradient: some are zeros that rounding fills, such as that of a key's bias.
     """
-    kept, step = [], torch.optim.Adam.step
-
-    def keep(adam):
-        if type(adam) is not torch.optim.Adam:                                               # the weights' AdamW
-            return step(adam)
-        v, = adam.param_groups[0]["params"]
-        gradient = v.grad.clone()
-        step(adam)
-        if follow:
-            v.data.copy_(follow[len(kept)][1])
-        kept.append((gradient, v.detach().clone()))
-
-    with mock.patch.object(torch.optim.Adam, "step", keep):
-        yield kept
+    shares = {name: abs(found[0][name] / loss - 1) / 1e-4 for name, loss in expected[0].items()}
+    whole = torch.stack([g.norm() for g in expected[1].values()]).norm()
+    for name, g in expected[1].items():
+        allowed = torch.maximum(1e-3 * g.norm(), 1e-6 * whole)
+        shares[name] = ((found[1][name] - g).norm() / allowed).item()
+    return shares
 
 
-class Steps:
-    """The baseline's training step and ours, on batches of one task, with the same weights."""
-
-    def __init__(self, bench, name):
-        self.device, self.s, examples = bench.device, bench.settings(name), bench.task(name).train
-        self.model, self.vocabulary = bench.model(name)
-        self.texts = [self.vocabulary.visible(x.words) for x in examples]
-        self.y = np.array([x.y for x in examples])
-        self.lengths = [sum(map(len, words)) for words in self.texts]
-        self.adamw = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=0.0,
-                                       eps=self.s["adam_eps"])
-        self.state = {p: train.Training(self.model, self.s, train.Processes()) for p in ("fp32", "bf16")}
-        self.T = {}                                                     # {precision: {text: the teacher's features}}
-
-    def run_teacher(self, p, rows):
-        """The teacher's features of texts, once for all epochs -> the seconds that it took."""
-        attend(self.model, eval.attention_for(self.device, p))
-        start = time.perf_counter()
-        victim = eval.Victim(self.model, self.vocabulary, precision=p)
-        T = victim.features([self.texts[i] for i in rows], self.model.teacher)
-        self.T[p] = dict(zip(rows, T.cpu()))                            # .cpu() also waits for a GPU
-        return time.perf_counter() - start
-
-    def start(self, rows):
-        """Where both searches of a batch start: v (B, L, K), padded as the baseline pads."""
-        L, K = self.vocabulary.max_len, self.vocabulary.max_candidates
-        return rift.noise(torch.empty(len(rows), L, K, device=self.device), L, torch.Generator().manual_seed(int(rows[0])))
-
-    def labels(self, rows):
-        """y (B,) of a batch, on the device."""
-        return torch.tensor(self.y[rows], device=self.device)
-
-    def plain(self, rows, v, attention="sdpa"):
-        """The baseline's step -> {loss term: float}."""
-        attend(self.model, attention)
-        batch = plain_batch(self.vocabulary, [self.texts[i] for i in rows])
-        batch = {k: tensor.to(self.device) for k, tensor in batch.items()}
-        return plain_step(self.model, self.adamw, **batch, y=self.labels(rows), v=v, s=self.s)
-
-    def ours(self, rows, v, p):
-        """Our step in fp32 or bf16 -> {loss term: float}."""
-        batch = self.vocabulary.encode([self.texts[i] for i in rows], hull=True)
-        batch = {k: tensor.to(self.device) for k, tensor in batch.items()}
-        T = torch.stack([self.T[p][i] for i in rows]).to(self.device)
-        attend(self.model, eval.attention_for(self.device, p))
-        with mock.patch.object(rift, "noise", lambda subs, max_len: padded(v, subs.shape)):
-            return train.train_step(self.state[p], batch, self.labels(rows), T, self.s | {"precision": p})
-
-    def result(self, terms):
-        """A step's loss terms, with the gradients that it has left."""
-        return terms, {k: p.grad.clone() for k, p in self.model.named_parameters() if p.grad is not None}
+def compare(case, rows):
+    """Our step against the baseline's: {(precision, where): {name: share of what is allowed}}."""
+    plain, w_plain = case.outcome(case.plain, rows)
+    ours, w_ours = case.outcome(case.ours, rows, "fp32")
+    at_w_plain, _ = case.outcome(case.ours, rows, "fp32", w_plain)
+    at_w_ours, _ = case.outcome(case.plain, rows, w_ours)
+    bf16, _ = case.ours(rows, "bf16", w_plain)
+    found = {("fp32", "at the baseline's w"): differences(at_w_plain, plain),
+             ("fp32", "at our w"): differences(ours, at_w_ours),
+             ("bf16", "at the baseline's w"): {
+                 "loss": abs(bf16["loss"] / plain[0]["loss"] - 1) / 0.02}}
+    # without AdamW, whose moments are float32
+    with float64(case.model), mock.patch.dict(case.T), mock.patch.object(case.adamw, "step"):
+        case.teach(rows, "fp32")
+        plain, _ = case.outcome(case.plain, rows)
+        ours, _ = case.outcome(case.ours, rows, "fp32")
+        found["fp32", "own search in float64"] = differences(ours, plain)
+    return found
 
 
-def share(found, expected):
-    """The worst difference of two Steps.result as a share of the tolerance -> (share, of what)."""
-    whole = torch.stack([tensor.norm() for tensor in expected[1].values()]).norm().item()
-    return max(worst(found[0], expected[0], 1e-4, 1e-6), worst(found[1], expected[1], 1e-3, 1e-6 * whole))
-
-
-def checks(steps, rows):
-    """Our step against the baseline's on one batch -> {check: (share of the tolerance, of what)}; float64's tolerance is a
-    millionth of the others'."""
-    v = steps.start(rows)
-    with search_steps() as searched:
-        expected = steps.result(steps.plain(rows, v))
-    free = steps.vocabulary.encode([steps.texts[i] for i in rows], hull=True)["subs_mask"].to(steps.device)   # (B, L, K)
-    _, L, K = free.shape
-    free = free.sum(-1) > 1                                                                  # (B, L)
-    guide = [(dv[:, :L, :K][free], at[:, :L, :K][free]) for dv, at in searched]              # (P, K) each
-    bf16 = steps.ours(rows, v, "bf16")
-    out = {"bf16": worst({"loss": bf16["loss"]}, {"loss": expected[0]["loss"]}, 0.02, 0.0),
-           "fp32": share(steps.result(steps.ours(rows, v, "fp32")), expected)}
-    with search_steps(guide) as followed:
-        found = steps.result(steps.ours(rows, v, "fp32"))
-    dv, dv_expected = ({str(i): dv for i, (dv, _) in enumerate(x)} for x in (followed, guide))
-    out["by step"] = max(share(found, expected), worst(dv, dv_expected, 1e-3, 0.0))
-    out["baseline against itself"] = share(steps.result(steps.plain(rows, v, "eager")), expected)
-    with float64(steps.model, steps.adamw, steps.state["fp32"].adamw), mock.patch.dict(steps.T):
-        steps.run_teacher("fp32", rows)
-        expected = steps.result(steps.plain(rows, v.double()))
-        part, what = share(steps.result(steps.ours(rows, v.double(), "fp32")), expected)
-    return out | {"float64": (1e6 * part, what)}
-
-
-def training(bench, name):
+def training(case):
     """A training step in the shape of a task, ours in fp32 and in bf16 -> {name: row}."""
-    steps = Steps(bench, name)
-    size = bench.args.batch_size or BATCH[name]
-    epoch = data.balanced_batches(steps.y, steps.lengths, size, np.random.default_rng(0))
-    epoch.sort(key=lambda rows: max(steps.lengths[i] for i in rows))
-    n = bench.args.batches                                              # steps timed, spread evenly over the lengths
+    # the paper's batches of 32 and 120 take minutes a step
+    batch_size = case.args.batch_size or {"imdb": 8, "snli": 24}[case.name]
+    lengths = np.array([sum(map(len, text)) for text in case.texts])
+    epoch = data.balanced_batches(case.y.cpu(), lengths, batch_size, np.random.default_rng(0))
+    epoch.sort(key=lambda rows: lengths[rows].max())
+    n = case.args.batches                               # spread evenly over the lengths
     chosen = [epoch[int((i + 0.5) * len(epoch) / n)] for i in range(n)]
-    spent, used = Counter(), [i for rows in chosen for i in rows]
-    for p in steps.state:
-        steps.run_teacher(p, used)                                                           # warm-up
-        spent[p] += steps.run_teacher(p, used) / EPOCHS
-    steps.model.train()
-    for k, rows in enumerate(tqdm([chosen[0], *chosen], f"train/{name}: timed", leave=False)):
-        for p, step in (("plain", steps.plain), ("fp32", steps.ours), ("bf16", steps.ours)):
-            t, _ = bench.seconds(step, rows, steps.start(rows), *[p][p == "plain":])
-            spent[p] += t if k else 0.0                                                      # the first is the warm-up
-    steps.model.eval()
-    passed = {}
-    for rows in tqdm(chosen, f"train/{name}: compared", leave=False):
-        for check, (part, what) in checks(steps, rows).items():
-            passed[check] = passed.get(check, True) and part <= 1
-            if bench.args.verbose:
-                tqdm.write(f"train/{name}, up to {max(steps.lengths[i] for i in rows)} words, {check}: {part:.2g} of the "
-                           f"tolerance in {what}", sys.stderr)
-    steps.model.zero_grad()
-    more = {check.replace(" ", "_"): passed[check] for check in ("by step", "float64", "baseline against itself")}
-    return {f"train/{name}/fp32": row(spent["plain"], spent["fp32"], passed["fp32"], **more),
-            f"train/{name}/bf16": row(spent["plain"], spent["bf16"], passed["bf16"])}
+    spent, agrees = Counter(), {"fp32": True, "bf16": True}
+    case.model.train()
+    case.attend_faster(case.plain, chosen[0])
+    for precision in agrees:
+        case.teach(chosen[0], precision)                # warm-up
+        case.ours(chosen[0], precision)
+        spent[precision] = case.seconds(case.teach, np.concatenate(chosen), precision)[0] / EPOCHS
+    for rows in tqdm(chosen, f"train/{case.name}: timed", leave=False, disable=None):
+        spent["plain"] += case.seconds(case.plain, rows)[0]
+        for precision in agrees:
+            spent[precision] += case.seconds(case.ours, rows, precision)[0]
+    case.model.eval()
+    for rows in tqdm(chosen, f"train/{case.name}: compared", leave=False, disable=None):
+        for (precision, where), shares in compare(case, rows).items():
+            for name, share in shares.items():
+                if not share <= 1:
+                    agrees[precision] = False
+                    tqdm.write(f"train/{case.name}/{precision}, {where}: {name} differs by "
+                               f"{share:.2g} times what is allowed", file=sys.stderr)
+    return {f"train/{case.name}/{precision}": case.row(spent["plain"], spent[precision], same)
+            for precision, same in agrees.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Memory
+# ---- Evaluation, attacks, memory -----------------------------------------------------------------
 
 
-def process_memory(field):
-    """VmRSS, now, or VmHWM, the peak since reset_peak, of this process in MiB. Not getrusage's ru_maxrss: on Linux a
-    process inherits that from the one that started it, and it cannot be reset."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise data.InputError("train/memory needs Linux (/proc/self/status) or a GPU")
+def clean(case):
+    """Class probabilities of reviews -> {name: row}."""
+    plain = functools.partial(plain_probabilities, case.model, case.vocabulary)
+    texts = [case.vocabulary.visible(x.words) for x in case.test[:case.args.num_clean]]
+    case.attend_faster(plain, texts[:32])
+    spent, P = case.seconds(plain, texts)
+    rows = {}
+    for precision in ("fp32", "bf16"):
+        victim = case.victim(precision)
+        victim.features(texts[:32])                                     # warm-up
+        t, found = case.seconds(lambda: victim.probabilities(victim.features(texts)))
+        same = {"fp32": abs(found - P).max() < 1e-4,
+                "bf16": np.mean(found.argmax(-1) == P.argmax(-1)) >= 0.9}
+        rows[f"clean/imdb/{precision}"] = case.row(spent, t, same[precision])
+    return rows
 
 
-def peak_memory(bench, function, *args):
-    """MiB that function(*args) needs at most, over what is held before it."""
-    if bench.device.type == "cuda":
+def attacked(case):
+    """PWWS and genetic on reviews of up to 100 words that the model gets right -> {name: row}."""
+    def synonyms(_, words):
+        return data.substitutes(words, case.vocabulary.neighbors)
+
+    plain = functools.partial(plain_probabilities, case.model, case.vocabulary)
+    genetic = functools.partial(attacks.genetic, population=20, generations=10)
+    short = [(i, x.words[0], x.y) for i, x in enumerate(case.test) if len(x.words[0]) <= 100]
+    P = case.victim("fp32")([" ".join(words) for _, words, _ in short])
+    right = [(i, words, y) for (i, words, y), p in zip(short, P)
+             if p.argmax() == y and any(synonyms(i, words))]
+    case.attend_faster(plain, [(right[0][1],)] * 10, 1)
+    rows, n = {}, case.args.attack_examples
+    for name, method, n in (("pwws", attacks.pwws, n), ("genetic", genetic, max(n // 3, 1))):
+        spent, expected = 0.0, []                                       # adversarial text, success
+        for i, words, y in tqdm(right[:n], f"attacks/{name}: baseline", leave=False, disable=None):
+            rng = np.random.default_rng([0, i])                         # as in attacks.attack
+            t, found = case.seconds(plain_attack, case.model, case.vocabulary, words, y,
+                                    synonyms(i, words), method, rng)
+            spent += t
+            expected.append((" ".join(found), plain([(found,)])[0].argmax() != y))
+        examples = [(i, " ".join(words), y) for i, words, y in right[:n]]
+        for precision in ("fp32", "bf16"):
+            victim = case.victim(precision)
+            victim([text for _, text, _ in examples])                   # warm-up
+            t, results = case.seconds(
+                lambda: list(attacks.attack(victim, examples, method, synonyms, name=name)))
+            pairs = list(zip(sorted(results, key=lambda r: r.index), expected))
+            same = {"fp32": all(r.adversarial == text for r, (text, _) in pairs),
+                    "bf16": np.mean([r.success == success for r, (_, success) in pairs]) >= 0.9}
+            rows[f"attacks/{name}/{precision}"] = case.row(spent, t, same[precision])
+    return rows
+
+
+def peak_memory(device, function, *args):
+    """The MiB that function(*args) needs at most, beyond what is held before: on Linux or a GPU."""
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function(*args)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")                            # VmHWM starts anew from VmRSS
-    before = process_memory("VmRSS")
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 2**16)         # M_MMAP_THRESHOLD: blocks that are freed go back to the system
+    libc.malloc_trim(0)             # and so do those that are free already
+    Path("/proc/self/clear_refs").write_text("5")       # VmHWM, the peak, starts anew from VmRSS
+    status = Path("/proc/self/status")
+    before = re.search(r"VmRSS:\s+(\d+) kB", status.read_text())
     function(*args)
-    return process_memory("VmHWM") - before
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+    return (int(peak[1]) - int(before[1])) / 2**10
 
 
-def step_memory(bench, which, batch_size):
-    """Peak memory in MiB of a step ("plain" or "ours") on the longest reviews, 300 tokens each -> (texts, MiB).
-
-    A step of 4 texts goes first, so that AdamW's moments and the library's buffers are there; from the baseline's it
-    is known whether batch_size texts will fit into the machine's memory: if not, the batch is halved until they do.
-    """
-    model, vocabulary = bench.model("imdb")
-    model.train()
-    s = bench.settings("imdb", adv_steps=2)                                  # each step of the search needs the same
-    texts = [vocabulary.visible(x.words) for x in sorted(bench.task("imdb").train, key=lambda x: -len(x.words[0]))]
-    y = torch.arange(batch_size, device=bench.device) % 2
-    T = torch.rand(batch_size, model.encoder.config.hidden_size, device=bench.device)
-    state = train.Training(model, s, train.Processes())
-
-    def step(n):
-        batch = plain_batch(vocabulary, texts[:n]) if which == "plain" else vocabulary.encode(texts[:n], hull=True)
-        batch = {k: tensor.to(bench.device) for k, tensor in batch.items()}
-        if which == "plain":
-            plain_step(model, state.adamw, **batch, y=y[:n], v=rift.noise(batch["subs"], s["max_len"]), s=s)
-        else:
-            train.train_step(state, batch, y[:n], T[:n], s)
-
-    step(4)
-    four = peak_memory(bench, step, 4)
-    if bench.device.type == "cuda":
-        free = torch.cuda.mem_get_info()[0] / 2**20
-    else:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) / 1024
-    while batch_size > 4 and four / 4 * batch_size > 0.9 * free:             # the rest is for others on the machine
-        batch_size //= 2
-    return batch_size, peak_memory(bench, step, batch_size)
+def memory(case):
+    """Peak memory of a training step in fp32 on the 32 longest reviews -> {name: row}."""
+    case.s.adv_steps = 2            # further steps need no more
+    order = sorted(range(len(case.texts)), key=lambda i: -len(case.texts[i][0]))
+    of_class = [[i for i in order if case.y[i] == c] for c in (0, 1)]
+    rows = np.array(list(zip(*of_class))).flatten()[:case.args.batch_size or 32]
+    case.teach(rows, "fp32")
+    case.model.train()
+    case.attend_faster(case.plain, rows[:4])
+    case.ours(rows[:4], "fp32")                                         # warm-up
+    baseline = peak_memory(case.device, case.plain, rows)
+    ours = peak_memory(case.device, case.ours, rows, "fp32")
+    return {"memory": {"ratio": baseline / ours, "baseline_mib": baseline, "ours_mib": ours,
+                       "attention": case.kernel}}
 
 
-def memory(bench):
-    """Baseline / ours, each in a process of its own -> {name: row}, nothing if one of them fails."""
-    found, size = {}, 32
-    # Large blocks go back to the system when they are freed: what malloc keeps would count as held before the step.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    for which in tqdm(("plain", "ours"), "train/memory", leave=False):
-        command = [sys.executable, "-m", "tests.benchmark", *bench.args.argv, "--memory", which, str(size)]
-        out = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-        if out.returncode:
-            print(f"train/memory is left out: {which} ended with {out.returncode}: {out.stderr.strip()[-200:]}")
-            return {}
-        size, found[which] = int(out.stdout.split()[-2]), float(out.stdout.split()[-1])
-    if size < 32:
-        print(f"train/memory at {size} texts: this machine has no room for the baseline's 32")
-    return {"train/memory": {"ratio": found["plain"] / found["ours"], "baseline_mib": found["plain"],
-                             "ours_mib": found["ours"], "batch": size}}
+# ---- How the cost grows --------------------------------------------------------------------------
+
+BASE = dict(length=64, batch=16, steps=5, candidates=4)
+GROWTH = dict(length=(32, 64, 128, 256, 512), batch=(8, 16, 32, 64), steps=(0, 5, 10, 20),
+              candidates=(2, 4, 8, 16))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Evaluation and attacks
-
-
-def clean(bench):
-    """Class probabilities of real reviews -> {name: row}."""
-    model, vocabulary = bench.model("imdb")
-    texts = [vocabulary.visible(x.words) for x in bench.task("imdb").test[:bench.args.num_clean]]
-    attend(model, "sdpa")
-    victim = eval.Victim(model, vocabulary)
-    spent, found = {}, {}
-    for name, function in (("plain", functools.partial(plain_probabilities, model, vocabulary)),
-                           ("ours", lambda texts: victim.probabilities(victim.features(texts)))):
-        function(texts[:32])                                                                 # warm-up
-        spent[name], found[name] = bench.seconds(function, texts)
-    return {"clean/imdb/fp32": row(spent["plain"], spent["ours"], abs(found["plain"] - found["ours"]).max() < 1e-4)}
-
-
-def attacked(bench):
-    """PWWS and genetic on real reviews of up to 100 words that the victim gets right -> {name: row}."""
-    model, vocabulary = bench.model("imdb")
-    short = [(i, data.to_text(x.words), x.y) for i, x in enumerate(bench.task("imdb").test) if len(x.words[0]) <= 100]
-    attend(model, "sdpa")
-    P = eval.Victim(model, vocabulary)([text for _, text, _ in short])
-    right = [example for example, p in zip(short, P) if p.argmax() == example[2]]
-    print(f"victim of the attacks: right on {len(right) / len(short):.0%} of {len(short)} reviews", file=sys.stderr)
-    genetic = functools.partial(attacks.genetic, population=POPULATION, generations=GENERATIONS)
-    rows = {}
-    for name, method, precisions, n, rescored in (
-            ("pwws", attacks.pwws, ("fp32", "bf16"), bench.args.attack_examples,
-             lambda queries, words: queries - 1 - words),                                    # once for each candidate
-            ("genetic", genetic, ("fp32",), max(bench.args.attack_examples // 3, 1),
-             lambda queries, words: POPULATION)):                                           # once for each perturbation
-        examples, spent, found = right[:n], 0.0, []
-        attend(model, "sdpa")
-        for example in tqdm(examples, f"attacks/{name}: baseline", leave=False):
-            t, result = bench.seconds(plain_attack, model, vocabulary, example, method, name, rescored)
-            spent, found = spent + t, found + [result]
-        for p in precisions:
-            victim = eval.Victim(model, vocabulary, precision=p)
-            attend(model, eval.attention_for(bench.device, p))
-            victim([text for _, text, _ in examples])                                        # warm-up
-            run = attacks.attack(victim, examples, method, vocabulary.neighbors, name=name)
-            t, ours = bench.seconds(list, run)
-            pairs = list(zip(*(sorted(results, key=lambda result: result.index) for results in (ours, found))))
-            same = np.mean([a.success == b.success and (p == "bf16" or a.adversarial == b.adversarial)
-                            for a, b in pairs])
-            rows[f"attacks/{name}/{p}"] = row(spent, t, same >= (0.9 if p == "bf16" else 1.0))
+def scaling(case):
+    """Prints the seconds of our step over each of length, batch, search steps and candidates, the
+    others as in BASE; every word has candidates. Returns {name: {"fp32_s": .., "bf16_s": ..}}."""
+    base, rows = ", ".join(f"{what} {value}" for what, value in BASE.items()), {}
+    print(f"\nseconds of our step, all but the named at {base}\n{'':16}{'fp32':>10}{'bf16':>10}")
+    case.model.train()
+    for what, value in [(what, value) for what in GROWTH for value in GROWTH[what]]:
+        L, B, case.s.adv_steps, K = (BASE | {what: value}).values()
+        case.s.max_len, case.s.candidates = L, K
+        table = {x: (case.words * 2)[i + 1:i + K] for i, x in enumerate(case.words)}
+        case.vocabulary = data.Vocabulary(case.tokenizer, L, table, max_candidates=K)
+        examples = random_examples(case.words, 2, B, 4 * L)
+        case.texts = [case.vocabulary.visible(x.words) for x in examples]       # L tokens each
+        case.y = torch.tensor([x.y for x in examples], device=case.device)
+        rows[f"scaling/{what}/{value}"] = r = {}
+        for precision in ("fp32", "bf16"):
+            case.teach(range(B), precision)
+            case.ours(range(4), precision)                                      # warm-up
+            r[f"{precision}_s"], _ = case.seconds(case.ours, range(B), precision)
+        print(f"{what:12}{value:4}{r['fp32_s']:10.3f}{r['bf16_s']:10.3f}", flush=True)
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------------
-# How the cost grows
+# ---- The command line ----------------------------------------------------------------------------
 
-BASE = dict(length=64, batch=16, steps=5, candidates=4)
-GROWTH = dict(length=(32, 64, 128, 256, 512), batch=(8, 16, 32, 64), steps=(0, 5, 10, 20), candidates=(2, 4, 8, 16))
-
-
-def scaling(bench):
-    """Seconds of our step over each of length, batch, adversary steps and candidates, the others as in BASE; every
-    word has candidates -> {"scaling/length/32": {"fp32_s": .., "bf16_s": ..}, ..}."""
-    out, longest = {}, eval.longest_input(bench.encoder)
-    points = [(what, value) for what, values in GROWTH.items() for value in values
-              if what != "length" or value <= longest]
-    model = rift.RIFT(copy.deepcopy(bench.encoder), 2).to(bench.device).train()
-    for what, value in tqdm(points, "scaling", leave=False):
-        p = BASE | {what: value}
-        s = bench.settings("imdb", max_len=p["length"], adv_steps=p["steps"], candidates=p["candidates"])
-        vocabulary = bench.vocabulary(s, bench.circle(p["candidates"] - 1))
-        task = made_up_task("imdb", list(vocabulary.neighbors), (p["batch"], 0, 0), [p["length"] - 2])
-        state = train.Training(model, s, train.Processes())
-        y = torch.tensor([x.y for x in task.train], device=bench.device)
-        T = torch.rand(len(y), bench.encoder.config.hidden_size, device=bench.device)
-
-        def step(n, precision):
-            batch = vocabulary.encode([x.words for x in task.train[:n]], hull=True)
-            batch = {name: tensor.to(bench.device) for name, tensor in batch.items()}
-            return train.train_step(state, batch, y[:n], T[:n], s | {"precision": precision})
-
-        out[f"scaling/{what}/{value}"] = {}
-        for precision in ("fp32", "bf16"):
-            attend(model, eval.attention_for(bench.device, precision))
-            step(4, precision)                                                               # warm-up
-            out[f"scaling/{what}/{value}"][precision + "_s"] = bench.seconds(step, p["batch"], precision)[0]
-    return out
-
-
-# ----------------------------------------------------------------------------------------------------------
-
-
-def processor(device):
-    """The name of the GPU, or of the CPU with its number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-PARTS = ["memory", "train", "clean", "attacks"]
+# memory is the last one: it makes malloc slower
+PARTS = {"train": training, "clean": clean, "attacks": attacked, "memory": memory}
 
 
 def parse(argv):
-    p = argparse.ArgumentParser(prog="python -m tests.benchmark", description=__doc__.partition("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("parts", nargs="*", metavar="PART", help="memory, train, clean, attacks; default: all of them")
-    p.add_argument("--model", metavar="DIR", help="an encoder, such as MiniLM (default: small and random)")
-    p.add_argument("--data-dir", type=Path, metavar="DIR", help="IMDB, SNLI, NLTK data and "
-                   "counterfitted_neighbors.json (default: random words)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="where the ratios are written")
-    p.add_argument("--scaling", action="store_true", help="also how a step's cost grows, in fp32 and bf16")
-    p.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU if there is one)")
-    p.add_argument("--adv-steps", type=int, default=10, help="of the training adversary")
-    p.add_argument("--batches", type=int, default=4, help="training steps timed, of different lengths")
-    p.add_argument("--batch-size", type=int, help="texts a training step (default: imdb 8, snli 24)")
-    p.add_argument("--num-clean", type=int, default=300, help="reviews for clean evaluation")
-    p.add_argument("--attack-examples", type=int, default=3, help="reviews for pwws; a third as many for genetic")
-    p.add_argument("--verbose", action="store_true", help="print every loss that is compared")
-    p.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)                             # the subprocess of memory()
+    """The command line, as attributes."""
+    p = argparse.ArgumentParser(
+        prog="python -m tests.benchmark", description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = p.add_argument
+    flag("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; none: all of them")
+    flag("--model", metavar="DIR", help="an encoder; None: small and random")
+    flag("--data-dir", metavar="DIR", help="where IMDB, SNLI, NLTK data and "
+         "counterfitted_neighbors.json are; None: random words")
+    flag("--json", type=Path, metavar="FILE", help="where the rows are written")
+    flag("--device", metavar="NAME", help="cpu, cuda:0, ..; None: a GPU if there is one")
+    flag("--batches", type=int, default=4, metavar="N", help="training steps, of different lengths")
+    flag("--batch-size", type=int, metavar="N", help="texts in a training step; None: imdb 8, snli "
+         "24, for memory 32 (which takes 16 GiB with MiniLM)")
+    flag("--adv-steps", type=int, default=10, metavar="N", help="of the search in training")
+    flag("--num-clean", type=int, default=300, metavar="N", help="reviews in clean evaluation")
+    flag("--attack-examples", type=int, default=3, metavar="N",
+         help="reviews for pwws; a third as many for genetic")
+    flag("--scaling", action="store_true", help="also how the cost of our step grows")
     args = p.parse_args(argv)
     if unknown := set(args.parts) - set(PARTS):
         p.error(f"{', '.join(sorted(unknown))}: has to be one of {', '.join(PARTS)}")
-    args.parts, args.argv = args.parts or PARTS, argv
     return args
 
 
-@eval.run_main
+@eval.command
 def main(argv):
-    args = parse(argv)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    bench = Bench(args)
-    if args.memory:
-        return print(*step_memory(bench, args.memory[0], int(args.memory[1])))
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {processor(bench.device)}")
-    for given, note in ((args.model, "no --model: a small random encoder"),
-                        (args.data_dir, "no --data-dir: random words")):
-        if not given:
-            print(f"{note}; the ratios are of a toy size")
-    rows = {}
-    if "memory" in args.parts:              # first: what this process holds is missing there
-        rows |= memory(bench)
-    if "train" in args.parts:
-        rows |= training(bench, "imdb") | training(bench, "snli")
-    if "clean" in args.parts:
-        rows |= clean(bench)
-    if "attacks" in args.parts:
-        rows |= attacked(bench)
-    shown = {True: "yes", False: "NO", None: ""}
-    print(f"\n{'':20}{'ratio':>8}{'baseline':>12}{'ours':>12}   agrees  by step  float64  itself")
-    for name, r in rows.items():
-        before, after = (f"{r[key + '_s']:.2f} s" if key + "_s" in r else f"{r[key + '_mib']:.0f} MiB"
-                         for key in ("baseline", "ours"))
-        print(f"{name:20}{r['ratio']:7.2f}x{before:>12}{after:>12}   {shown[r.get('agrees')]:8}"
-              f"{shown[r.get('by_step')]:9}{shown[r.get('float64')]:9}{shown[r.get('baseline_against_itself')]}".rstrip())
+    """The command line of the benchmark."""
+    args, rows = parse(argv), {}
+    device = eval.pick_device(args.device)
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
+          + (torch.cuda.get_device_name(device) if device.type == "cuda" else
+             f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"))
+    if not (args.model and args.data_dir):
+        print("without --model and --data-dir the ratios are of a toy size")
+    print(f"\n{'':21}{'ratio':>9}{'baseline':>16}{'ours':>16}   agrees  baseline's attention")
+    imdb = Case(args, "imdb")
+    for part, measure in PARTS.items():
+        if part in args.parts or not args.parts:
+            found = measure(imdb) | (training(Case(args, "snli")) if part == "train" else {})
+            for name, r in found.items():
+                unit = "mib" if part == "memory" else "s"
+                sides = [f"{r[f'{side}_{unit}']:12.2f} {unit:3}" for side in ("baseline", "ours")]
+                agrees = {True: "yes", False: "NO", None: ""}[r.get("agrees")]
+                print(f"{name:21}{r['ratio']:8.2f}x{''.join(sides)}   {agrees:8}{r['attention']}",
+                      flush=True)
+            rows |= found
     if args.scaling:
-        grown = scaling(bench)
-        print(f"\nseconds a step, at {', '.join(f'{what} {value}' for what, value in BASE.items())} but for:\n"
-              f"{'':20}{'fp32':>10}{'bf16':>10}")
-        for name, r in grown.items():
-            print(f"{name.removeprefix('scaling/').replace('/', ' '):20}{r['fp32_s']:10.3f}{r['bf16_s']:10.3f}")
-        rows |= grown
+        rows |= scaling(imdb)
     if args.json:
-        eval.write_json(args.json, rows)
+        data.write_json(args.json, rows)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

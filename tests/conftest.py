@@ -1,24 +1,30 @@
-"""Tiny encoders with random weights, BERT and RoBERTa alike, and tiny tasks: what holds for them holds for the big ones."""
+"""Tiny encoders with random weights, BERT and RoBERTa alike, and tiny tasks.
+
+What holds for them holds for the big ones.
+"""
 import json
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import BertConfig, BertModel, BertTokenizer, RobertaConfig, RobertaModel, RobertaTokenizer
+from transformers import (BertConfig, BertModel, BertTokenizer, RobertaConfig, RobertaModel,
+                          RobertaTokenizer)
 
 import data
 
-SIZE = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+SIZE = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=32, initializer_range=0.5)       # weights large enough to matter
+BERT = SIZE | dict(max_position_embeddings=20)
+ROBERTA = SIZE | dict(max_position_embeddings=22, type_vocab_size=1, pad_token_id=1)
 
 
 def tiny_encoder(kind, **changes):
-    """A "bert" or "roberta" of 16 hidden units, 60 tokens and at most 20 positions, weights large enough to matter."""
+    """A "bert" or "roberta" of 16 hidden units, 60 tokens and at most 20 positions."""
     torch.manual_seed(0)
     if kind == "bert":
-        return BertModel(BertConfig(**SIZE | dict(max_position_embeddings=20, initializer_range=0.5) | changes))
-    return RobertaModel(RobertaConfig(**SIZE | dict(max_position_embeddings=22, type_vocab_size=1, pad_token_id=1,
-                                                    initializer_range=0.5) | changes))
+        return BertModel(BertConfig(**BERT | changes))
+    return RobertaModel(RobertaConfig(**ROBERTA | changes))
 
 
 @pytest.fixture(params=["bert", "roberta"])
@@ -27,26 +33,27 @@ def encoder(request):
     return tiny_encoder(request.param).eval()
 
 
-WORDS = """good great fine nice bad awful poor dull movie film picture plot story actor the a was is and very really it
-this quite""".split()
-TABLE = {"good": ["great", "fine", "nice"], "great": ["good", "nice"], "bad": ["awful", "poor"], "dull": ["poor", "bad"],
-         "movie": ["film", "picture"], "plot": ["story"], "very": ["really", "quite"]}
+WORDS = """good great fine nice bad awful poor dull movie film picture plot story actor the a was is
+and very really it this quite""".split()
+TABLE = {"good": ["great", "fine", "nice"], "great": ["good", "nice"], "bad": ["awful", "poor"],
+         "dull": ["poor", "bad"], "movie": ["film", "picture"], "plot": ["story"],
+         "very": ["really", "quite"]}
 
 
 def save_model(folder, kind):
     """A tiny encoder with a tokenizer that knows WORDS, as a Hugging Face folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     if kind == "bert":
-        (folder / "vocab.txt").parent.mkdir(parents=True, exist_ok=True)
-        vocab = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
-        tokenizer = BertTokenizer(vocab=vocab)
+        tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+        tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(tokens)})
     else:
         bpe = ByteLevelBPETokenizer(add_prefix_space=True)
         bpe.train_from_iterator([" ".join(WORDS)] * 20, vocab_size=400, min_frequency=2,
                                 special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
-        folder.mkdir(parents=True, exist_ok=True)
         bpe.save_model(str(folder))
         tokenizer = RobertaTokenizer.from_pretrained(folder)
-    tiny_encoder(kind, vocab_size=len(tokenizer), max_position_embeddings=34).save_pretrained(folder)
+    encoder = tiny_encoder(kind, vocab_size=len(tokenizer), max_position_embeddings=34)
+    encoder.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -58,23 +65,23 @@ def model_folder(request, tmp_path_factory):
 
 
 def review(rng, positive):
-    """A random review of about 10 of WORDS."""
+    """A random review of 9 of WORDS."""
     sentiment = ["good", "great", "fine", "nice"] if positive else ["bad", "awful", "poor", "dull"]
-    return " ".join([*rng.choice(["the", "a", "this"], 1), *rng.choice(["movie", "film", "plot", "actor"], 1), "was",
-                     *rng.choice(["very", "really", "quite"], 1), *rng.choice(sentiment, 2), *rng.choice(WORDS[8:], 3)])
+    words = [rng.choice(["the", "a", "this"]), rng.choice(["movie", "film", "plot", "actor"]),
+             "was", rng.choice(["very", "really", "quite"])]
+    return " ".join([*words, *rng.choice(sentiment, 2), *rng.choice(WORDS[8:], 3)])
 
 
 def write_task(folder, labels=("neg", "pos"), n=16, pair=False, dev=True):
     """Own data as TSV files: n texts a class in train, n / 2 in test and dev."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
-    for split, size in (("train", n), ("test", n // 2), ("dev", n // 2)):
-        if split == "dev" and not dev:
-            continue
+    for split, size in [("train", n), ("test", n // 2), ("dev", n // 2)][:3 if dev else 2]:
         rows = ["label\ttext\ttext2" if pair else "label\ttext"]
-        for i in range(size):
+        for _ in range(size):
             for c, label in enumerate(labels):
-                rows.append("\t".join([label, *(["this movie is it"] if pair else []), review(rng, c % 2)]))
+                premise = ["this movie is it"] if pair else []
+                rows.append("\t".join([label, *premise, review(rng, c % 2)]))
         (folder / f"{split}.tsv").write_text("\n".join(rows) + "\n")
     (folder / "neighbors.json").write_text(json.dumps(TABLE))
     return folder

@@ -1,23 +1,29 @@
-"""Evaluation: finished runs become victims, are attacked, compared and drawn (eval.py).
+"""Evaluation: finished runs become functions, are attacked, compared and drawn (eval.py).
 
-A run loads to the predictions it was trained to, and anything damaged or foreign in its folder is refused by name.
-Every run of a comparison is attacked on the same texts; robust accuracy is what a recount of attacks.jsonl gives and
-never exceeds clean accuracy; an evaluation that was interrupted anywhere ends like one that was not; the same command
-twice gives the same files. Intervals are the textbook's. Bad input is one line and exit code 2. All of it on real runs
-of tiny models, made by train.main: BERT on texts of two classes, RoBERTa on pairs of three.
+A run loads to the predictions that it was trained to. Every run of a comparison is attacked on the
+same texts. Robust accuracy is what a recount of attacks.jsonl gives and never exceeds clean
+accuracy. An evaluation that was interrupted anywhere ends like one that was not. Intervals are the
+textbook's. Bad input is one line and exit code 2. All of it on real runs of tiny models, made by
+train.main: BERT on texts of two classes, RoBERTa on pairs of three.
 """
+import csv
+import io
+import itertools
 import json
-import re
+import os
 import shutil
+import socket
 import sys
-from pathlib import Path
+import tracemalloc
+from contextlib import suppress
+from types import SimpleNamespace
 from unittest import mock
 
+import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import attacks
 import data
@@ -25,27 +31,29 @@ import eval
 import train
 from tests.conftest import TABLE, save_model, write_task
 
-PREPARE_NLTK, LOAD_NEIGHBORS = data.prepare_nltk, data.load_neighbors
-KEYS = ["index", "attack", "label", "original", "adversarial", "success", "prediction", "words_changed", "queries"]
-GENETIC = ["--attacks", "pwws", "genetic", "--population", "6", "--generations", "3"]
+LOAD_NEIGHBORS = data.load_neighbors
+METHODS = ("standard", "adv", "rift")
+FILES = ("attacks.jsonl", "eval.json", "metrics.json")
+BOTH = ["--attacks", "pwws", "genetic", "--population", "6", "--generations", "3"]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """{"texts": runs of BERT on texts of two classes, "pairs": of RoBERTa on pairs of three}: OUT folders of train.py."""
-    folder = tmp_path_factory.mktemp("finished")
+    """{"texts": runs of BERT on texts of two classes, "pairs": of RoBERTa on pairs of three}."""
+    folder, outs = tmp_path_factory.mktemp("finished"), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RIFT_CACHE", str(folder / "cache"))
         patch.setattr(data, "prepare_nltk", lambda *args, **kwargs: None)
         patch.setattr(data, "words_of", lambda text: text.lower().split())
-        outs = {}
-        for name, kind, labels, methods in (("texts", "bert", ("neg", "pos"), ("standard", "adv", "rift")),
-                                            ("pairs", "roberta", ("no", "so", "yes"), ("standard", "rift"))):
+        for name, kind, labels, methods in (
+                ("texts", "bert", ("neg", "pos"), METHODS),
+                ("pairs", "roberta", ("no", "so", "yes"), ("standard", "rift"))):
             task = write_task(folder / name, labels, pair=name == "pairs")
             model, outs[name] = save_model(folder / kind, kind), folder / f"{name}-runs"
-            train.main(["--task", str(task), "--model", str(model), "--neighbors", str(task / "neighbors.json"), "--out",
-                        str(outs[name]), "--epochs", "3", "--batch-size", "9", "--max-len", "16", "--adv-steps", "3",
-                        "--lr", "1e-2", "--device", "cpu", "--method", *methods])
+            train.main(["--task", str(task), "--model", str(model), "--out", str(outs[name]),
+                        "--neighbors", str(task / "neighbors.json"), "--method", *methods,
+                        "--epochs", "3", "--batch-size", "9", "--max-len", "16", "--lr", "1e-2",
+                        "--adv-steps", "3", "--device", "cpu"])
     return outs
 
 
@@ -61,7 +69,8 @@ def run(runs):
 
 
 def evaluate(*arguments):
-    eval.main([*map(str, arguments), *([] if "--device" in arguments else ["--device", "cpu"])])
+    device = [] if "--device" in arguments else ["--device", "cpu"]
+    eval.main([*map(str, arguments), *device])
 
 
 def refused(capsys, *arguments):
@@ -70,285 +79,442 @@ def refused(capsys, *arguments):
     with pytest.raises(SystemExit) as stop:
         evaluate(*arguments)
     error = capsys.readouterr().err.strip()
-    said = [line for line in error.splitlines() if not line.startswith("fetching ")]
-    assert stop.value.code == 2 and len(said) == 1 and said[0].startswith("eval.py: error: "), error
+    assert stop.value.code == 2 and error.startswith("eval.py: error: "), error
+    assert "\n" not in error, error
     return error
 
 
-def lines_of(folder, name="attacks.jsonl"):
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+def load(run, **more):
+    return eval.load_run(run, "cpu", **more)
 
 
 def json_of(path):
     return json.loads(path.read_text())
 
 
-def change(path, **changes):
-    """Changes a run's config.json, in its settings and otherwise."""
+def lines_of(run, name="attacks.jsonl"):
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+def files_of(run):
+    return {name: (run / name).read_text() for name in FILES}
+
+
+def change(path, **values):
+    """Changes a run's config.json, in its settings and otherwise; returns the run."""
     config = json_of(path / "config.json")
-    for key, value in changes.items():
+    for key, value in values.items():
         (config["settings"] if key in config["settings"] else config)[key] = value
     (path / "config.json").write_text(json.dumps(config))
+    return path
 
 
-def texts_of(run, split="test"):
-    return getattr(eval.open_task(json_of(run / "config.json")["settings"]), split)
+def change_head(run, edit):
+    """Applies edit to the tensors of a run's head and projections, {name: tensor}."""
+    tensors, about = data.load_tensors(run / "model.safetensors")
+    edit(tensors)
+    data.save_tensors(run / "model.safetensors", tensors, about)
 
 
-# ------------------------------------------------------------------------------------------------ a run is a function
+def examples_of(run, split="test"):
+    return getattr(eval.open_task(eval.settings_of(run)[0]), split)
 
 
-@pytest.mark.parametrize("kind, method", [("texts", "standard"), ("texts", "rift"), ("pairs", "rift")])
+def swaps(line):
+    """The changed words of a line of attacks.jsonl: a set of (old, new)."""
+    before, after = (data.from_text(line[key])[-1] for key in ("original", "adversarial"))
+    return {(a, b) for a, b in zip(before, after) if a != b}
+
+
+# ---- A run is a function -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, method", [("texts", "standard"), ("texts", "rift"),
+                                          ("pairs", "rift")])
 def test_a_run_loads_to_the_predictions_of_training(runs, kind, method):
-    """Probabilities of the loaded run give the clean and the hull accuracy that training measured and wrote down."""
+    """The loaded run has the clean and the hull accuracy that training measured and wrote down."""
     run = runs[kind] / method
-    metrics, examples, victim = json_of(run / "metrics.json"), texts_of(run), eval.load_run(run, "cpu")
+    metrics, examples, victim = json_of(run / "metrics.json"), examples_of(run), load(run)
     P = victim([data.to_text(x.words) for x in examples])
-    assert P.shape == (len(examples), 2 if kind == "texts" else 3) and P.dtype == np.float32
+    assert P.shape == (len(examples), {"texts": 2, "pairs": 3}[kind]) and P.dtype == np.float32
     assert np.allclose(P.sum(1), 1, atol=1e-6)
     assert eval.accuracy(P.argmax(1), examples) == metrics["clean"]
-    s = victim.config["settings"]
-    predictions, _ = eval.hull_attack(victim, examples, steps=s["adv_steps"])
+    search = eval.search_settings(eval.settings_of(run)[0])
+    predictions, _, _ = eval.hull_attack(victim, examples, **search)
     assert eval.accuracy(predictions, examples) == metrics["hull"]
 
 
 def test_batches_do_not_matter(runs):
-    """A text has its probabilities whatever stands beside it, and the hull its noise whatever the batch size."""
+    """A text has its probabilities whatever is beside it, and the hull its noise."""
     run = runs["pairs"] / "rift"
-    examples = texts_of(run)
+    examples = examples_of(run)
     texts = [data.to_text(x.words) for x in examples]
-    small, large = eval.load_run(run, "cpu", batch_size=1), eval.load_run(run, "cpu", batch_size=64)
+    small, large = (load(run, batch_size=size) for size in (1, 64))
     assert np.allclose(small(texts), large(texts), atol=1e-5)
-    assert eval.hull_attack(small, examples, steps=2)[1] == eval.hull_attack(large, examples, steps=2)[1]
-
-
-def test_no_texts_have_no_rows(runs):
-    assert eval.load_run(runs["pairs"] / "rift", "cpu")([]).shape == (0, 3)
+    for steps in (0, 2):                                        # 0: the noise alone
+        few, all = (eval.hull_attack(victim, some, steps=steps)[1]
+                    for victim, some in ((small, examples[:5]), (large, examples)))
+        assert few == all[:5]
+    assert large([]).shape == (0, 3)
 
 
 @pytest.mark.parametrize("kind, texts, message", [
     ("texts", "a great film", "is one text, not a list of texts"),
-    ("texts", [("a movie", "a film")], "what the model reads: single texts"),
-    ("texts", ["a", 5], "5 is not what the model reads"),
-    ("texts", [None], "None is not what the model reads"),
-    ("pairs", "a great film", "is one text, not a list of texts"),
-    ("pairs", ["a great film"], "what the model reads: pairs"),
-    ("pairs", ("a movie", "a film"), "'a movie' is not what the model reads: pairs"),
-    ("pairs", [("a", "b", "c")], "what the model reads: pairs"),
-    ("pairs", [("a", 2)], "what the model reads: pairs"),
+    ("texts", [("a movie", "a film")], "the model reads a string each"),
+    ("texts", ["a", 5], "5: the model reads a string each"),
+    ("pairs", ["a great film"], "the model reads a pair of strings each"),
+    ("pairs", [("a", "b", "c")], "the model reads a pair of strings each"),
+    ("pairs", [("a", 2)], "the model reads a pair of strings each"),
 ])
 def test_what_is_no_list_of_texts_is_an_error(runs, kind, texts, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        eval.load_run(runs[kind] / "rift", "cpu")(texts)
+    with pytest.raises(ValueError, match=message):
+        load(runs[kind] / "rift")(texts)
 
 
 @pytest.mark.parametrize("kind", ["texts", "pairs"])
 def test_texts_of_one_key_are_one_text_to_the_model(runs, kind):
-    """Beyond the longest input nothing counts; any word that the model sees does, also where a premise ends."""
-    victim = eval.load_run(runs[kind] / "rift", "cpu")
-    text = (lambda words, premise="this movie": (premise, words)) if kind == "pairs" else (lambda words: words)
-    long = " ".join(["good"] * 16)
-    assert victim.key(text(long)) == victim.key(text(long + " bad"))
-    assert np.array_equal(*victim([text(long), text(long + " bad")]))
-    keys = [victim.key(text(words)) for words in ("good movie", "movie good", "good", "good movie good", "bad movie", "")]
+    """Every word that the model sees counts, also where a premise ends; no other word does."""
+    victim = load(runs[kind] / "rift")
+
+    def text(words, premise="this movie"):
+        return words if kind == "texts" else (premise, words)
+
+    long = [text("good " * 16), text("good " * 16 + "bad")]
+    assert victim.key(long[0]) == victim.key(long[1]) and np.array_equal(*victim(long))
+    different = ["good movie", "movie good", "good", "good movie good", "bad movie", ""]
+    keys = {victim.key(text(words)) for words in different}
     if kind == "pairs":
-        keys += [victim.key(text("good movie", "this")), victim.key(text("", "this movie good movie"))]
-    assert len(set(keys)) == len(keys)
+        keys |= {victim.key(text("good movie", "this")), victim.key(text("", "this movie good"))}
+    assert len(keys) == len(different) + 2 * (kind == "pairs")
 
 
-# ------------------------------------------------------------------------------------------------ accuracies
+@pytest.mark.filterwarnings("ignore:.*nothing was attacked")
+@pytest.mark.parametrize("kind, premise, sees", [("texts", None, 14), ("pairs", 4, 9),
+                                                 ("pairs", 13, 0), ("pairs", 30, 0)])
+def test_words_that_a_run_does_not_see_are_not_attacked(runs, kind, premise, sees):
+    """Of 16 tokens 14 are words of a text; of a pair 13, the premise's first."""
+    victim = load(runs[kind] / "rift")
+    long = " ".join(["good movie"] * 100)
+    text = long if premise is None else (" ".join(["plot"] * premise), long)
+    assert victim.visible(text) == sees
+    y = int(victim([text]).argmax())
+    found, = attacks.attack(victim, [(0, text, y)], attacks.pwws, TABLE, progress=False)
+    assert found.substitutable == sees and found.words_changed <= sees
+    before, after = (data.from_text(x)[-1] for x in (found.original, found.adversarial))
+    assert before[sees:] == after[sees:] and len(before) == 200
+
+
+# ---- Accuracy, and how certain it is -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["texts", "pairs"])
 def test_the_hull_gives_texts_of_candidates(runs, kind):
-    """Its predictions are the victim's own on its texts; a word becomes one of its candidates; premises stay."""
-    victim = eval.load_run(runs[kind] / "rift", "cpu")
-    examples = texts_of(runs[kind] / "rift")
-    predictions, texts = eval.hull_attack(victim, examples)
-    assert np.array_equal(predictions, victim([data.to_text(words) for words in texts]).argmax(1))
-    changes = 0
+    """The predictions are the victim's own on these texts; words become candidates of theirs."""
+    victim, examples = load(runs[kind] / "rift"), examples_of(runs[kind] / "rift")
+    predictions, texts, S = eval.hull_attack(victim, examples)
+    assert np.array_equal(predictions, victim([data.to_text(x) for x in texts]).argmax(1))
+    assert torch.allclose(S, victim.features(texts), atol=1e-5)
     for x, words in zip(examples, texts):
         *premise, old = victim.vocabulary.visible(x.words)
         assert list(words[:-1]) == premise and len(words[-1]) == len(old)
-        for a, b in zip(old, words[-1]):
-            assert b in victim.vocabulary.candidate_words(a)
-            changes += a != b
-    assert changes
+        assert all(b in victim.vocabulary.candidate_words(a) for a, b in zip(old, words[-1]))
+    assert texts != [victim.vocabulary.visible(x.words) for x in examples]
 
 
-@pytest.mark.parametrize("successes, n, low, high", [(8, 10, 0.4902, 0.9433), (0, 10, 0, 0.2775), (10, 10, 0.7225, 1),
-                                                     (50, 100, 0.4038, 0.5962), (1, 1, 0.2065, 1)])
+@pytest.mark.parametrize("successes, n, low, high", [
+    (8, 10, 0.4902, 0.9433), (0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (50, 100, 0.4038, 0.5962),
+    (1, 1, 0.2065, 1)])
 def test_wilson(successes, n, low, high):
     assert eval.wilson(successes, n) == pytest.approx((low, high), abs=2e-4)
 
 
-def test_paired_bootstrap():
-    """Equal results differ by exactly nothing; the interval covers the truth about 95 times of 100, and pairing helps."""
+@pytest.mark.parametrize("n", [15, 30, 31])
+def test_wilson_is_not_below_0(n):
+    """Rounding alone would take it there, and it would be printed as -0.000."""
+    assert f"{eval.wilson(0, n)[0]:.3f}" == "0.000" and eval.wilson(n, n)[1] <= 1
+
+
+def difference(a, b, **more):
+    """eval.bootstrap of a difference of two groups of runs, or of two single runs."""
+    return eval.bootstrap(lambda x, y: x - y, np.atleast_2d(a), np.atleast_2d(b), **more)
+
+
+def test_bootstrap_intervals_cover_the_truth():
+    """About 95 times of 100; pairing narrows them, and equal results differ by exactly nothing."""
     rng = np.random.default_rng(0)
-    same = rng.random(50) < 0.5
-    assert eval.paired_bootstrap(same, same) == (0, 0, 0)
     covered = 0
     for _ in range(200):
         b = rng.random(200) < 0.6
-        a = b | (rng.random(200) < 0.25)                                        # truth: 0.4 * 0.25 = 0.1
-        d, low, high = eval.paired_bootstrap(a, b, draws=500)
+        a = b | (rng.random(200) < 0.25)                        # truth: 0.4 * 0.25 = 0.1
+        d, low, high = difference(a, b, draws=500)
         assert low <= d <= high and d == pytest.approx(a.mean() - b.mean())
         covered += low <= 0.1 <= high
-    assert 180 <= covered <= 200
-    _, low, high = eval.paired_bootstrap(a, rng.permutation(b))
-    _, paired_low, paired_high = eval.paired_bootstrap(a, b)
-    assert high - low > paired_high - paired_low
-    assert eval.paired_bootstrap(b, a)[0] == -eval.paired_bootstrap(a, b)[0]
+    assert 180 <= covered < 200
+    _, low, high = difference(a, rng.permutation(b))
+    _, paired_low, paired_high = difference(a, b)
+    assert high - low > 1.2 * (paired_high - paired_low)
+    assert difference(a, a) == (0, 0, 0) and difference(b, a)[0] == -difference(a, b)[0]
 
 
-# ------------------------------------------------------------------------------------------------ evaluations
+def test_bootstrap_of_several_runs_is_as_uncertain_as_runs_and_texts():
+    """Runs that agree leave the texts' uncertainty, runs that differ widen it, one says nothing."""
+    rng = np.random.default_rng(0)
+    good, bad = rng.random(100) < 0.75, rng.random(100) < 0.25
+    texts_only = difference(good, bad)
+    assert difference([good, good], [bad, bad]) == pytest.approx(texts_only, abs=1e-9)
+    d, low, high = difference([good, bad], [bad, bad])
+    assert d == pytest.approx((good.mean() - bad.mean()) / 2)
+    assert high - low > 2 * (texts_only[2] - texts_only[1])
+    mixed, both = (good.astype(float) + bad) / 2, [good, bad]
+    assert difference(both, bad) == pytest.approx(difference(mixed, bad), abs=1e-9)
+
+
+def test_bootstrap_needs_little_memory():
+    """2,000 draws of 2,500 texts at once would be 40 MB for the numbers of the texts alone."""
+    x = np.ones((2, 2500))
+    tracemalloc.start()
+    difference(x, x, draws=2000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6
+
+
+def evaluation(clean, robust, method="adv", **settings):
+    """An Evaluation of 100 texts with these accuracies; clean, robust: share or (N,) bool."""
+    def right(share):
+        return np.arange(100) < round(100 * share) if np.isscalar(share) else share
+
+    run = SimpleNamespace(method=method, **{"seed": 0, "beta": 1} | settings)
+    right = {"clean": right(clean), "pwws": right(robust)}
+    return eval.Evaluation(f"runs/{method}-{run.seed}", run, ["neg", "pos"], right,
+                           {"pwws": []}, {"pwws": {"unknown": "NULL", "max_queries": None}})
+
+
+def test_the_gain_in_the_trade_off_is_that_over_the_interpolated_curve():
+    """0.1 above the line between two points, 0.1 above an end that is held; 0 above itself."""
+    adv = {1.0: [evaluation(0.8, 0.3)], 5.0: [evaluation(0.6, 0.5)]}
+    rift = {1.0: [evaluation(0.9, 0.4)], 5.0: [evaluation(0.7, 0.5)]}
+    gain, low, high = eval.tradeoff_gain(adv, rift, "pwws")
+    assert gain == pytest.approx(0.1) and low < gain < high
+    assert eval.tradeoff_gain(adv, adv, "pwws") == (0, 0, 0)
+    several = {beta: [*same, *same] for beta, same in adv.items()}
+    assert eval.tradeoff_gain(several, several, "pwws") == (0, 0, 0)
+
+
+# ---- Several runs --------------------------------------------------------------------------------
+
+
+def test_runs_are_averaged_over_seeds_only():
+    """Runs that differ in more are separate and say in what; where data are found is no setting."""
+    same = [evaluation(0.5, 0.5, seed=seed, alpha=0.1, data_dir=f"{seed}") for seed in (0, 1)]
+    rift = [evaluation(0.5, 0.5, "rift", alpha=alpha, data_dir="0") for alpha in (0.1, 0.5)]
+    expected = {"adv": same, "rift alpha 0.1": rift[:1], "rift alpha 0.5": rift[1:]}
+    assert eval.by_settings([*same, *rift]) == expected
+    assert eval.by_settings([*same, *rift], "alpha") == {"adv": same, "rift": rift}
+
+
+def report(capsys, *evaluations):
+    eval.report([list(evaluations)], eval.parse(["runs", "--attacks", "pwws"]))
+    return capsys.readouterr().out
+
+
+def test_methods_are_compared_by_mean_and_spread(capsys):
+    """0.5 and 1.0 are 0.75 on average, sd 0.354. A star marks an interval over texts only."""
+    out = report(capsys, *[evaluation(1, x, seed=x) for x in (0.5, 1.0)],
+                 *[evaluation(1, x, "rift", seed=x) for x in (0.25, 0.75)],
+                 evaluation(0.9, 0, "standard"))
+    rows = {tuple(line.split()[:3]): line for line in out.splitlines()}
+    assert rows["adv", "2", "1.000"].split("  ")[-1] == "0.750 (sd 0.354)"
+    assert rows["standard", "1", "0.900"].split() == ["standard", "1", "0.900", "0.000"]
+    assert "over texts and runs; *: over texts" in out
+    assert rows["rift", "-", "adv"].endswith("]") and "-0.250 [" in rows["rift", "-", "adv"]
+    for method in ("adv", "rift"):                              # standard comes last, but is less
+        assert rows[method, "-", "standard"].endswith("]*")
+
+
+def test_standard_is_the_reference_wherever_it_is(capsys):
+    """Without one the first run is. The head of the differences says which."""
+    standard, adv, rift = (evaluation(0.9, x, m) for x, m in zip((0.1, 0.4, 0.6), METHODS))
+    out = report(capsys, rift, standard, adv)
+    assert "Differences to runs/standard-0 on the same texts" in out
+    differences = out.split("Differences to")[1].splitlines()[2:]
+    assert [line.split()[0] for line in differences] == ["runs/rift-0", "runs/adv-0"]
+    assert "+0.500 [" in differences[0] and all(line.endswith("]*") for line in differences)
+    assert "Differences to runs/rift-0 on" in report(capsys, rift, adv)
+
+
+def test_several_betas_are_compared_along_the_trade_off(capsys):
+    runs = [evaluation(1 - beta / 10, beta / 10 + 0.2 * (m == "rift"), m, beta=beta, seed=seed)
+            for m in ("adv", "rift") for beta in (2, 5) for seed in (0, 1)]
+    said = "rift against adv at the same clean accuracy, pwws, mean over beta: +0.200 ["
+    assert said in report(capsys, *runs)
+    starred, = [x for x in report(capsys, *runs[1:]).splitlines() if x.startswith("rift against")]
+    assert starred.endswith("]*")                               # adv has one run with beta 2
+
+
+# ---- Evaluations ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["texts", "pairs"])
 def test_the_figures_are_a_recount_of_the_lines(runs, kind, capsys):
-    """robust = clean - successes / N for every attack; a line is what the victim says of its texts."""
+    """robust = clean - successes / N for every attack; a line is what the victim says of it."""
     run = runs[kind] / "standard"
     before = json_of(run / "metrics.json")
-    evaluate(run, "--attacks", "pwws", "genetic", "hull", "--num-examples", 14, "--population", 6, "--generations", 3)
-    summary, lines, metrics = json_of(run / "eval.json"), lines_of(run), json_of(run / "metrics.json")
-    victim, examples = eval.load_run(run, "cpu"), texts_of(run)
-    N = summary["num_examples"]
-    assert N == 14 and set(summary) == {"clean", "pwws", "genetic", "hull", "num_examples", "settings"}
-    attacked = {line["index"] for line in lines}
-    assert summary["clean"] == len(attacked) / N
+    evaluate(run, *BOTH, "--attacks", "pwws", "genetic", "hull", "--num-examples", 14)
+    summary, lines = json_of(run / "eval.json"), lines_of(run)
+    victim, examples = load(run), examples_of(run)
+    assert set(summary) == {"clean", "pwws", "genetic", "hull", "num_examples", "settings"}
+    attacked, N = {line["index"] for line in lines}, summary["num_examples"]
+    assert N == 14 and summary["clean"] == len(attacked) / N
     for attack in ("pwws", "genetic", "hull"):
         mine = [line for line in lines if line["attack"] == attack]
-        fooled = sum(line["success"] for line in mine)
         assert {line["index"] for line in mine} == attacked and len(mine) == len(attacked)
-        assert summary[attack] == pytest.approx(summary["clean"] - fooled / N) and summary[attack] <= summary["clean"]
-    if kind == "texts":                     # the three-class model is near chance: it need not fall to an attack
-        assert any(line["success"] for line in lines) and not all(line["success"] for line in lines)
+        fooled = sum(line["success"] for line in mine)
+        assert summary[attack] == pytest.approx(summary["clean"] - fooled / N)
+    if kind == "texts":         # the three-class model is near chance: it need not fall
+        assert 0 < sum(line["success"] for line in lines) < len(lines)
     for line in lines:
-        assert list(line) == KEYS
+        assert list(line) == ["index", "attack", "label", "original", "adversarial", "success",
+                              "prediction", "words_changed", "queries", "substitutable"]
         x = examples[line["index"]]
-        assert line["label"] == x.y and data.from_text(line["original"]) == victim.vocabulary.visible(x.words)
         *premise, old = data.from_text(line["original"])
         *kept, new = data.from_text(line["adversarial"])
+        assert line["label"] == x.y and (*premise, old) == victim.vocabulary.visible(x.words)
         assert premise == kept and len(old) == len(new)
-        assert sum(a != b for a, b in zip(old, new)) == line["words_changed"]
-        assert all(a == b or b in TABLE[a] for a, b in zip(old, new))
-        prediction = victim([line["adversarial"]]).argmax()
-        assert prediction == line["prediction"] and line["success"] == (prediction != line["label"])
-    assert metrics == before | {"pwws": summary["pwws"], "genetic": summary["genetic"]}      # hull stays training's
+        assert line["words_changed"] == sum(a != b for a, b in zip(old, new))
+        assert line["substitutable"] == sum(word in TABLE for word in old)
+        assert all(b in TABLE[a] for a, b in swaps(line))
+        assert line["prediction"] == victim([line["adversarial"]]).argmax()
+        assert line["success"] == (line["prediction"] != line["label"])
+    black_box = {name: summary[name] for name in ("pwws", "genetic")}
+    assert json_of(run / "metrics.json") == before | black_box          # hull is training's
     out = capsys.readouterr().out
-    assert f"{summary['pwws']:.3f} [" in out and "genetic (6 x 3, lm none)" in out and "pwws (unknown word NULL)" in out
+    assert f"{summary['pwws']:.3f} [" in out and "pwws (unknown NULL)" in out
+    assert "genetic (population 6, generations 3, lm constraint none)" in out
+    assert "hull (steps 3)" in out
 
 
-def test_twice_is_the_same(run, capsys):
+def test_each_command_is_deterministic(run, capsys):
     outputs, files = [], []
     for more in ([], [], ["--overwrite"], ["--overwrite", "--batch-size", 3]):
-        evaluate(run, *GENETIC, "--num-examples", 9, *more)
+        evaluate(run, *BOTH, "--num-examples", 9, *more)
         outputs.append(capsys.readouterr().out)
-        files.append([(run / name).read_text() for name in ("attacks.jsonl", "eval.json", "metrics.json")])
+        files.append(files_of(run))
     assert outputs.count(outputs[0]) == files.count(files[0]) == 4
 
 
 def test_every_run_is_attacked_on_the_same_texts(runs, capsys):
-    """The table has a row a run, and each later run its paired difference to the first."""
-    folders = [runs["texts"] / method for method in ("standard", "adv", "rift")]
-    evaluate(*folders, "--attacks", "pwws", "--num-examples", 10, "--seed", 3)
-    settings = [json_of(folder / "eval.json")["settings"]["pwws"] for folder in folders]
-    assert settings[0] == settings[1] == settings[2] and settings[0]["num_examples"] == 10
-    out = capsys.readouterr().out
-    table, differences = out.split(f"Each run minus {folders[0]}, on the same texts")
-    assert [line.split()[:2] for line in table.splitlines() if line.startswith(str(folders[0].parent))] == [
-        [str(folder), "10"] for folder in folders]
-    robust = [json_of(folder / "eval.json")["pwws"] for folder in folders]
-    for folder, accuracy in zip(folders[1:], robust[1:]):
-        [row] = [line for line in differences.splitlines() if line.startswith(str(folder)) and "->" not in line]
-        assert f"{accuracy - robust[0]:+.3f} [" in row
-    order = {line["index"] for folder in folders for line in lines_of(folder)}
-    assert len(order) <= 10
-    evaluate(folders[0], "--attacks", "pwws", "--num-examples", 10, "--seed", 4, "--overwrite")
-    assert json_of(folders[0] / "eval.json")["settings"]["pwws"]["seed"] == 4
-    assert {line["index"] for line in lines_of(folders[0])} - order
+    folders = [runs["texts"] / method for method in METHODS]
+    evaluate(*folders, runs["pairs"] / "rift", "--attacks", "pwws", "--num-examples", 6,
+             "--seed", 3)
+    table = capsys.readouterr().out.split("Accuracy on")[1].split("\n\n")[0].splitlines()[2:]
+    shown = [[str(folder), "6"] for folder in (*folders, runs["pairs"] / "rift")]
+    assert [row.split()[:2] for row in table] == shown           # two tasks share a table
+    first = {line["index"] for folder in folders for line in lines_of(folder)}
+    assert len(first) <= 6
+    evaluate(folders[0], "--attacks", "pwws", "--num-examples", 6, "--seed", 4, "--overwrite")
+    assert {line["index"] for line in lines_of(folders[0])} - first
 
 
-def test_runs_of_two_tasks_share_a_table(runs, capsys):
-    evaluate(runs["texts"] / "rift", runs["pairs"] / "rift", "--attacks", "pwws", "--num-examples", 5)
-    out = capsys.readouterr().out
-    assert "texts/rift" in out and "pairs/rift" in out and "minus" not in out and out.count("unknown word") == 1
+def stopping(after):
+    """eval.run_attack, but Ctrl-C is pressed after so many results."""
+    real = eval.run_attack
+
+    def run_attack(*arguments):
+        for n, result in enumerate(real(*arguments)):
+            if n == after:
+                raise KeyboardInterrupt
+            yield result
+    return mock.patch.object(eval, "run_attack", run_attack)
 
 
 @pytest.mark.parametrize("attack", [["pwws", "genetic"], ["hull"]])
 def test_an_interrupted_evaluation_ends_like_one_that_was_not(run, attack, capsys):
-    """Cut off after any byte of attacks.jsonl, and run again: the same table, the same files."""
-    arguments = [run, "--attacks", *attack, "--population", 6, "--generations", 3, "--num-examples", 12]
-    evaluate(*arguments)
-    out = capsys.readouterr().out
-    files = {name: (run / name).read_bytes() for name in ("attacks.jsonl", "eval.json", "metrics.json")}
-    whole, rng = files["attacks.jsonl"], np.random.default_rng(0)
-    first_end = whole.index(b"\n")
-    for cut in [0, first_end, first_end + 1, len(whole) - 1, *rng.integers(1, len(whole), size=4)]:
-        (run / "attacks.jsonl").write_bytes(whole[:cut])
+    """Killed after any byte of attacks.jsonl, and stopped once more: the same table and files."""
+    command = [run, *BOTH, "--attacks", *attack, "--num-examples", 12]
+    evaluate(*command)
+    out, files = capsys.readouterr().out, files_of(run)
+    whole = files["attacks.jsonl"]
+    end = whole.index("\n")
+    cuts = np.random.default_rng(0).integers(1, len(whole), size=4)
+    for cut in [0, end, end + 1, len(whole) - 1, *cuts]:
+        (run / "attacks.jsonl").write_text(whole[:cut])
         unfinished = json.loads(files["eval.json"])
         for name in attack:
             del unfinished[name]
         (run / "eval.json").write_text(json.dumps(unfinished))
-        evaluate(*arguments)
-        assert capsys.readouterr().out == out
-        assert files == {name: (run / name).read_bytes() for name in files}, cut
+        with stopping(1), suppress(SystemExit):                 # unless less was left to do
+            evaluate(*command)
+        capsys.readouterr()
+        evaluate(*command)
+        assert capsys.readouterr().out == out and files_of(run) == files, cut
 
 
-def test_what_is_finished_is_not_attacked_again(run, monkeypatch, capsys):
-    """Ctrl-C keeps the finished lines and says how to go on, without what would start anew; exit code 130."""
-    real, asked = attacks.attack, []
-
-    def interrupted(victim, examples, *args, **kwargs):
-        asked.append([i for i, _, _ in examples])
-        for n, result in enumerate(real(victim, examples, *args, **kwargs)):
-            if len(asked) == 1 and n == 2:
-                raise KeyboardInterrupt
-            yield result
-
-    monkeypatch.setattr(attacks, "attack", interrupted)
-    with pytest.raises(SystemExit) as stop:
+def test_ctrl_c_keeps_the_finished_texts_and_says_how_to_go_on(run, capsys):
+    with stopping(2), pytest.raises(SystemExit) as stop:
         evaluate(run, "--attacks", "pwws", "--overwrite")
     error = capsys.readouterr().err.strip()
-    assert stop.value.code == 130 and "Traceback" not in error
-    assert error.splitlines()[-1].endswith(f"go on with: python eval.py {run} --attacks pwws --device cpu")
-    finished = [line["index"] for line in lines_of(run)]
-    assert len(finished) == 2
-    evaluate(run, "--attacks", "pwws")
-    assert set(asked[1]) == set(asked[0]) - set(finished)
+    assert stop.value.code == 130 and error == (
+        "eval.py: stopped; finished texts are kept: the same command goes on without --overwrite")
+    assert len(lines_of(run)) == 2
+    with mock.patch.object(attacks, "attack", side_effect=attacks.attack) as attack:
+        evaluate(run, "--attacks", "pwws")
+    asked = {i for i, _, _ in attack.call_args.args[1]}
+    assert asked and len(lines_of(run)) == len(asked) + 2        # those two are not attacked again
 
 
-@pytest.mark.parametrize("change_, message", [
+def test_more_examples_go_on_from_the_finished_ones(run):
+    """The chosen texts of a smaller N are the first of a larger N, and their lines serve."""
+    command = [run, *BOTH, "--attacks", "pwws", "genetic", "hull", "--num-examples"]
+    evaluate(*command, 6)
+    before = lines_of(run)
+    with mock.patch.object(attacks, "attack", side_effect=attacks.attack) as attack:
+        evaluate(*command, 10)
+    asked = [{i for i, _, _ in call.args[1]} for call in attack.call_args_list]
+    assert asked[0] and asked[0] == asked[1] and not asked[0] & {line["index"] for line in before}
+    assert all(line in lines_of(run) for line in before)
+    gone_on = files_of(run)
+    evaluate(*command, 10, "--overwrite")
+    assert files_of(run) == gone_on and json_of(run / "eval.json")["num_examples"] == 10
+
+
+@pytest.mark.parametrize("more, message", [
     (["--seed", 1], "holds clean with seed 0, not 1"),
-    (["--num-examples", 7], "num_examples 8, not 7"),
     (["--population", 7], "holds genetic with population 6, not 7"),
     (["--generations", 4], "holds genetic with generations 3, not 4"),
+    (["--max-queries", 9], "holds pwws with max_queries None, not 9"),
     (["--precision", "bf16"], "precision fp32, not bf16"),
     (["--neighbors", "other.json"], "holds pwws with neighbors"),
     (["--lm-constraint", "LM"], "holds genetic with lm_constraint none, not LM"),
+    ([], "holds clean with weights"),
 ])
-def test_other_settings_are_refused(run, capsys, tmp_path, monkeypatch, change_, message):
+def test_other_settings_and_other_weights_are_refused(run, capsys, tmp_path, monkeypatch, more,
+                                                      message):
+    """What was attacked on other terms is not printed beside what is attacked now."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.json").write_text(json.dumps({"good": ["bad"]}))
     monkeypatch.setattr(attacks, "CausalLM", lambda *args: None)
-    evaluate(run, *GENETIC, "--num-examples", 8)
-    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
-    assert message in refused(capsys, run, *GENETIC, "--num-examples", 8, *change_)
-    assert "--overwrite" in refused(capsys, run, *GENETIC, "--num-examples", 8, *change_)
-    assert before == {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    real = eval.model_folder
+    monkeypatch.setattr(eval, "model_folder", lambda name: name if name == "LM" else real(name))
+    evaluate(run, *BOTH, "--num-examples", 8)
+    if not more:
+        change_head(run, lambda tensors: tensors["head.2.weight"].neg_())
+    before = files_of(run)
+    error = refused(capsys, run, *BOTH, "--num-examples", 8, *more)
+    assert message in error and "--overwrite" in error and files_of(run) == before
 
 
 def test_an_attack_is_added_to_those_before(run):
-    """pwws, then genetic on the same texts: as both at once. --overwrite forgets what is not attacked anew."""
+    """pwws, then genetic: as both at once. --overwrite forgets what is not attacked anew."""
     evaluate(run, "--attacks", "pwws", "--num-examples", 8)
-    evaluate(run, "--attacks", "genetic", *GENETIC[3:], "--num-examples", 8)
-    apart = [(run / name).read_text() for name in ("attacks.jsonl", "eval.json", "metrics.json")]
-    evaluate(run, *GENETIC, "--num-examples", 8, "--overwrite")
-    both = [(run / name).read_text() for name in ("attacks.jsonl", "eval.json", "metrics.json")]
-    assert apart[0] == both[0] and json.loads(apart[1]) == json.loads(both[1]) and json.loads(apart[2]) == json.loads(both[2])
+    evaluate(run, *BOTH, "--attacks", "genetic", "--num-examples", 8)
+    apart = files_of(run)
+    evaluate(run, *BOTH, "--num-examples", 8, "--overwrite")
+    both = files_of(run)
+    assert apart["attacks.jsonl"] == both["attacks.jsonl"]
+    assert all(json.loads(apart[name]) == json.loads(both[name]) for name in FILES[1:])
     evaluate(run, "--attacks", "pwws", "--num-examples", 6, "--overwrite")
-    assert "genetic" not in json_of(run / "eval.json") and "genetic" not in json_of(run / "metrics.json")
-    assert {line["attack"] for line in lines_of(run)} == {"pwws"}
+    assert not any("genetic" in content for content in files_of(run).values())
 
 
 def test_dev_has_files_of_its_own(run):
@@ -356,186 +522,280 @@ def test_dev_has_files_of_its_own(run):
     evaluate(run, "--attacks", "pwws", "--split", "dev", "--num-examples", 5)
     assert before == (run / "metrics.json").read_bytes() and not (run / "eval.json").exists()
     assert json_of(run / "eval-dev.json")["settings"]["pwws"]["split"] == "dev"
-    known = {data.to_text(x.words) for x in texts_of(run, "dev")}
-    assert all(line["original"] in known for line in lines_of(run, "attacks-dev.jsonl"))
+    known = {data.to_text(x.words) for x in examples_of(run, "dev")}
+    assert {line["original"] for line in lines_of(run, "attacks-dev.jsonl")} <= known
 
 
 def test_a_run_that_is_never_right_is_not_attacked(run, capsys):
     """Clean and robust accuracy 0, nothing to count: no warning, no nan."""
-    tensors, rest = eval.load_tensors(run / "model.safetensors")
-    examples = texts_of(run)
-    y = examples[int(np.random.default_rng(0).permutation(len(examples))[0])].y  # of the one text that is drawn
-    for name in tensors:
-        if name.startswith("head.2"):
-            tensors[name].zero_()
-    tensors["head.2.bias"][1 - y] = 1                                            # always the other class
-    eval.save_tensors(run / "model.safetensors", tensors, rest)
+    examples = examples_of(run)
+    first = int(np.random.default_rng(0).permutation(len(examples))[0])
+
+    def always_wrong(tensors):
+        tensors["head.2.weight"].zero_()
+        tensors["head.2.bias"][:] = torch.eye(2)[1 - examples[first].y]
+
+    change_head(run, always_wrong)
     evaluate(run, "--attacks", "pwws", "hull", "--num-examples", 1)
-    assert json_of(run / "eval.json")["clean"] == json_of(run / "eval.json")["pwws"] == 0 and lines_of(run) == []
-    out = capsys.readouterr()
+    summary, out = json_of(run / "eval.json"), capsys.readouterr()
+    assert summary["clean"] == summary["pwws"] == 0 and lines_of(run) == []
     assert "0.000 [0.000, " in out.out and "nan" not in out.out and "Warning" not in out.err
 
 
-def test_fewer_texts_than_asked_for_is_said(run, capsys):
-    evaluate(run, "--num-examples", 1000)
-    assert "N is 16, not 1000" in capsys.readouterr().out and json_of(run / "eval.json")["num_examples"] == 16
-
-
-def test_changes_are_marked():
-    assert eval.marked("a good movie", "a great movie", False) == "a [good -> great] movie"
-    assert eval.marked(["a film", "a good movie"], ("a film", "a great film"), False) == "a film | a [good -> great] [movie -> film]"
-    colour = eval.marked("a good movie", "a great movie", True)
-    assert "\033[" in colour and "->" not in colour and "good" in colour and "great" in colour
+def test_the_table_says_how_many_texts_there_are_and_how_many_cannot_change(run, tmp_path, capsys):
+    """Those without synonyms count as robust: the column `fixed` says how many they are."""
+    (tmp_path / "table.json").write_text(json.dumps({"movie": ["film"]}))
+    evaluate(run, "--attacks", "pwws", "--neighbors", tmp_path / "table.json", "--show", 0)
+    out = capsys.readouterr().out
+    _, head, row = out.split("Accuracy on")[1].split("\n\n")[0].splitlines()
+    fixed = np.mean(["movie" not in line["original"].split() for line in lines_of(run)])
+    assert 0 < fixed < 1 and head.split()[-1] == "fixed" and row.split()[-1] == f"{fixed:.1%}"
+    assert "There are only 16 such test texts" in out and row.split()[1] == "16"
 
 
 def test_successes_are_printed_with_their_changes(runs, capsys):
-    """As many as --show of every run and attack, with the label that was and the one that is predicted now."""
-    folders = [runs["texts"] / method for method in ("standard", "adv", "rift")]
+    """--show of every run and attack, with the label that was and the one predicted now."""
+    marked = eval.marked(["a film", "a good movie"], ("a film", "a great film"))
+    assert marked == "a film | a [good -> great] [movie -> film]"
+    folders = [runs["texts"] / method for method in METHODS]
     evaluate(*folders, "--attacks", "pwws", "hull", "--show", 1)
     out, fooled = " ".join(capsys.readouterr().out.split()), 0
-    for folder in folders:
-        for attack in ("pwws", "hull"):
-            first = [line for line in lines_of(folder) if line["success"] and line["attack"] == attack][:1]
-            for line in first:
-                names = ("neg", "pos")
-                assert (f"{folder}, {attack}: {names[line['label']]} -> {names[line['prediction']]} "
-                        + eval.marked(line["original"], line["adversarial"], False)) in out
-            fooled += len(first)
+    for folder, attack in itertools.product(folders, ("pwws", "hull")):
+        successes = [x for x in lines_of(folder) if x["success"] and x["attack"] == attack]
+        for line in successes[:1]:
+            before, after = (["neg", "pos"][line[key]] for key in ("label", "prediction"))
+            text = eval.marked(line["original"], line["adversarial"])
+            assert f"{folder}, {attack}: {before} -> {after} {text}" in out
+        fooled += bool(successes)
     assert fooled and out.count(" -> neg ") + out.count(" -> pos ") == fooled
 
 
-# ------------------------------------------------------------------------------------------------ tables and constraints
+def test_what_the_terminal_cannot_show_does_not_stop_it(runs, monkeypatch):
+    run = runs["texts"] / "standard"
+    change(run, labels=["neg \N{CRYING FACE}", "pos \N{GRINNING FACE}"])
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    evaluate(run, "--attacks", "pwws", "hull")
+    terminal.flush()
+    assert b"pos ? -> neg ?" in terminal.buffer.getvalue()
+
+
+def test_max_queries_is_said_and_kept_and_csv_has_all_lines(runs, tmp_path, capsys):
+    folders, path = [runs["texts"] / "adv", runs["pairs"] / "rift"], tmp_path / "texts.csv"
+    evaluate(*folders, "--attacks", "pwws", "--max-queries", 20, "--csv", path)
+    assert "pwws (unknown NULL, max queries 20)" in capsys.readouterr().out
+    lines = [{"run": str(folder)} | line for folder in folders for line in lines_of(folder)]
+    assert max(line["queries"] for line in lines) == 20
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for line in lines:
+        for key in ("original", "adversarial"):
+            line[key] = line[key] if isinstance(line[key], str) else " | ".join(line[key])
+    lines = [{key: str(value) for key, value in line.items()} for line in lines]
+    assert sorted(rows, key=str) == sorted(lines, key=str)
+
+
+def random_search(words, y, synonyms, rng, tries=50):
+    """A student's attack: swaps random words until the model is fooled."""
+    positions = [i for i, others in enumerate(synonyms) if others]
+    for _ in range(tries):
+        i = rng.choice(positions)
+        words = attacks.replace(words, i, str(rng.choice(synonyms[i])))
+        if (yield [words])[0].argmax() != y:
+            break
+    return words
+
+
+def test_another_attack_is_one_function_and_one_line(runs, monkeypatch, capsys):
+    run = runs["texts"] / "standard"
+    monkeypatch.setitem(eval.ATTACKS, "random", random_search)
+    evaluate(run, "--attacks", "random", "pwws")
+    assert "random (tries 50)" in capsys.readouterr().out
+    lines = [line for line in lines_of(run) if line["attack"] == "random"]
+    assert any(line["success"] for line in lines) and all(line["queries"] <= 51 for line in lines)
+    assert json_of(run / "eval.json")["settings"]["random"]["tries"] == 50
+    assert json_of(run / "metrics.json")["random"] == json_of(run / "eval.json")["random"]
+
+
+# ---- Tables and constraints ----------------------------------------------------------------------
 
 
 def test_neighbors_replace_the_runs_own(run, tmp_path):
     (tmp_path / "other.json").write_text(json.dumps({"movie": ["story"], "film": ["story"]}))
     evaluate(run, "--attacks", "pwws", "hull", "--neighbors", tmp_path / "other.json")
-    for line in lines_of(run):
-        for a, b in zip(line["original"].split(), line["adversarial"].split()):
-            assert a == b or (a in ("movie", "film") and b == "story")
+    changed = set().union(*map(swaps, lines_of(run)))
+    assert changed and changed <= {("movie", "story"), ("film", "story")}
 
 
 def test_pwws_wordnet_uses_wordnet_whatever_the_runs_table(run, monkeypatch):
     wordnet = {word: ["quite"] for word in ("the", "a", "this")}
-    monkeypatch.setattr(data, "load_neighbors", lambda source=None, *rest: wordnet if source == "wordnet" else
-                        LOAD_NEIGHBORS(source, *rest))
+    monkeypatch.setattr(data, "load_neighbors", lambda source=None, *rest:
+                        wordnet if source == "wordnet" else LOAD_NEIGHBORS(source, *rest))
     evaluate(run, "--attacks", "pwws-wordnet", "pwws")
-    changed = {name: {a for line in lines_of(run) if line["attack"] == name for a, b in
-                      zip(line["original"].split(), line["adversarial"].split()) if a != b} for name in ("pwws-wordnet", "pwws")}
-    assert changed["pwws-wordnet"] and changed["pwws-wordnet"] <= wordnet.keys()
-    assert changed["pwws"] and changed["pwws"] <= TABLE.keys()
+    for name, table in (("pwws-wordnet", wordnet), ("pwws", TABLE)):
+        mine = [swaps(line) for line in lines_of(run) if line["attack"] == name]
+        assert any(mine) and {a for pairs in mine for a, _ in pairs} <= table.keys()
     settings = json_of(run / "eval.json")["settings"]
     assert settings["pwws-wordnet"]["neighbors"] != settings["pwws"]["neighbors"]
 
 
-def score_lines(examples, score):
-    """A score file of some examples' last texts. score(word, candidate) -> log p."""
+def score_file(examples, score):
+    """A score file of some examples' last texts. score: callable, candidate -> log p."""
     rows = []
     for n, x in enumerate(examples):
         rows.append(f"{n}\t{' '.join(x.words[-1]).title()}")
         for i, word in enumerate(x.words[-1]):
-            rows += [f"{n}\t{i}\t{other}\t{score(word, other)}" for other in [word, *TABLE.get(word, [])] if word in TABLE]
+            words = [word, *TABLE[word]] if word in TABLE else []
+            rows += [f"{n}\t{i}\t{other}\t{score(other)}" for other in words]
     return "\n".join(rows) + "\n"
 
 
-@pytest.mark.parametrize("layout", ["zip", "folder"])
-def test_scores_draw_the_texts_and_filter_the_synonyms(run, tmp_path, capsys, layout):
-    """N are drawn from the texts that the score file knows, and it says how many; what it finds unlikely is not used."""
-    folder, examples = tmp_path / "scores", texts_of(run)
-    files = folder / "lm_scores"
-    files.mkdir(parents=True)
-    (files / "texts_all.txt").write_text(score_lines(examples[:11], lambda a, b: -3.0 if b in (a, "film", "great") else -9.5))
-    (files / "snli_all.txt").write_text("0\tA man\n")                            # the archive has a file a task
-    if layout == "zip":
-        shutil.make_archive(folder / "jia2019_cert_lm_scores", "zip", folder, "lm_scores")
-        shutil.rmtree(files)
-    evaluate(run, *GENETIC, "--lm-constraint", "scores", "--data-dir", folder)
+def test_scores_draw_the_texts_and_filter_the_synonyms(run, tmp_path, capsys):
+    """The texts are of those that the file knows; what it finds unlikely is not used."""
+    files = tmp_path / "lm_scores"
+    files.mkdir()
+    # the words that are scored are equally likely, except these two, which are more so
+    scores = score_file(examples_of(run)[:11], lambda word: 3 if word in ("film", "great") else -9)
+    (files / "texts_all.txt").write_text(scores)
+    (files / "snli_all.txt").write_text("0\tA man\n")            # the archive has a file a task
+    evaluate(run, *BOTH, "--lm-constraint", "scores", "--data-dir", tmp_path)
     out = capsys.readouterr().out
-    assert "knows 11 of the 16 test texts" in out and "N is 11, not 300" in out and "lm scores" in out
+    assert "knows 11 of the 16 test texts" in out and "There are only 11 such" in out
+    assert "lm constraint scores" in out
     assert {line["index"] for line in lines_of(run)} <= set(range(11))
-    changes = {b for line in lines_of(run) if line["attack"] == "genetic" for a, b in
-               zip(line["original"].split(), line["adversarial"].split()) if a != b}
-    assert changes <= {"film", "great"}
-    assert "drawn_from score file " in refused(capsys, run, "--attacks", "pwws", "--num-examples", 11)
+    used = {name: set().union(*[swaps(x) for x in lines_of(run) if x["attack"] == name])
+            for name in ("pwws", "genetic")}
+    unlikely = {(a, b) for a in ("great", "film") for b in TABLE.get(a, ())}
+    assert used["genetic"] and not used["genetic"] & unlikely and used["pwws"] & unlikely
+    assert "drawn_from score file " in refused(capsys, run, "--attacks", "pwws")
 
 
-def test_a_causal_language_model_filters_the_synonyms(run, tmp_path, monkeypatch):
-    seen = []
+def test_a_causal_language_model_filters_the_synonyms(run, monkeypatch):
+    def model(folder, device):
+        assert folder == "some/model"
+        return lambda windows: [-100.0 * window.count("film") for window in windows]
 
-    class Model:
-        def __init__(self, name, device):
-            assert name == "some/model"
-
-        def __call__(self, windows):
-            seen.extend(windows)
-            return [-100.0 * window.count("film") for window in windows]
-
-    monkeypatch.setattr(attacks, "CausalLM", Model)
-    evaluate(run, *GENETIC, "--lm-constraint", "some/model")
+    monkeypatch.setattr(attacks, "CausalLM", model)
+    monkeypatch.setattr(eval, "model_folder", lambda name: name)
+    evaluate(run, *BOTH, "--lm-constraint", "some/model")
     settings = json_of(run / "eval.json")["settings"]
-    assert seen and settings["genetic"]["lm_constraint"] == "some/model" and "lm_constraint" not in settings["pwws"]
-    assert not any(b == "film" != a for line in lines_of(run) if line["attack"] == "genetic"
-                   for a, b in zip(line["original"].split(), line["adversarial"].split()))
+    assert settings["genetic"]["lm_constraint"] == "some/model"
+    assert "lm_constraint" not in settings["pwws"]
+    used = set().union(*[swaps(x) for x in lines_of(run) if x["attack"] == "genetic"])
+    assert used and not any(b == "film" for _, b in used)
 
 
-def test_scores_are_the_default_of_the_papers_tasks(run, monkeypatch, capsys, tmp_path):
-    """For imdb and snli the genetic attack wants the score file; without it the error names it and how to go without."""
-    real = eval.open_task
-    task = json_of(run / "config.json")["settings"]["task"]
-    change(run, task="imdb")
-    monkeypatch.setattr(eval, "open_task", lambda s, data_dir=None: real(s | {"task": task}, data_dir))
-
-    def offline(url, path, *rest):
-        raise data.InputError(f"{url}: offline, put it at {path}")
-
-    monkeypatch.setattr(data, "download", offline)
-    error = refused(capsys, run, "--attacks", "genetic")
-    assert "jia2019_cert_lm_scores.zip" in error and "--lm-constraint none" in error
-    evaluate(run, *GENETIC, "--lm-constraint", "none", "--num-examples", 4)
-    evaluate(run, "--attacks", "pwws", "--num-examples", 4, "--overwrite")       # no language model in it
+@pytest.mark.parametrize("task, flags, expected", [
+    ("imdb", [], "scores"), ("snli", [], "scores"), ("toy", [], "none"),
+    ("imdb", ["--lm-constraint", "gpt2"], "gpt2"), ("imdb", ["--attacks", "pwws"], "none")])
+def test_scores_are_the_default_of_the_papers_tasks(task, flags, expected):
+    """For the genetic attack; the others have no language model."""
+    args = eval.parse(["run", "--attacks", "genetic", *flags])
+    assert eval.constraint(SimpleNamespace(task=task), args) == expected
 
 
-# ------------------------------------------------------------------------------------------------ figures
+# ---- Figures -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("vary, axes", [((), 2), (("alpha",), 1), (("alpha", "beta"), 2)])
-def test_figures_are_drawn(runs, tmp_path, capsys, vary, axes):
-    """Forgetting per epoch; with several alpha or beta, accuracy over alpha and the trade-off."""
-    pytest.importorskip("matplotlib")
-    folders = [runs["texts"] / method for method in ("standard", "adv", "rift")]
-    evaluate(*folders, "--attacks", "pwws")
-    for n in range(len(vary) and 3):
-        for method in ("adv", "rift"):
-            folders.append(shutil.copytree(runs["texts"] / method, runs["texts"] / f"{method}-{n}"))
-            change(folders[-1], **{key: 0.1 * 2 ** n if method == "rift" or key == "beta" else 0.5 for key in vary}, seed=n)
-            (folders[-1] / "metrics.json").write_text(json.dumps(json_of(folders[-1] / "metrics.json") | {"seed": n}))
-    evaluate(*folders, "--plot", tmp_path / "figure.png")
+@pytest.fixture
+def draw(monkeypatch, tmp_path):
+    """Runs eval.py --plot and returns the panels: {title: [Axes that can be seen]}."""
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs:
+                        figures.append(self) or savefig(self, *args, **kwargs))
+
+    def run(*arguments, name="figure.png"):
+        evaluate(*arguments, "--plot", tmp_path / name)
+        panels = {}
+        for ax in figures[-1].axes:
+            if ax.get_visible():
+                panels.setdefault(ax.get_title(), []).append(ax)
+        return panels
+    return run
+
+
+def curves(ax):
+    """{label: (V, 2) points} of a panel."""
+    return {x.get_label(): np.array(x.lines[0].get_xydata()) for x in ax.containers}
+
+
+def copies(run, scores=None, **values):
+    """Copies of a run for each combination of these settings, with made-up accuracies.
+
+    scores: callable, takes the settings and returns (clean, hull).
+    """
+    for combination in itertools.product(*values.values()):
+        settings = dict(zip(values, combination))
+        name = "-".join(map(str, [run.name, *combination]))
+        copy = change(shutil.copytree(run, run.with_name(name)), **settings)
+        clean, hull = scores(settings)
+        data.write_json(copy / "metrics.json", json_of(run / "metrics.json") | settings
+                        | {"clean": clean, "hull": hull})
+        yield copy
+
+
+def test_forgetting_is_drawn_over_the_epochs(runs, draw, tmp_path):
+    """Four measures, the bound for rift only; a ring marks the epoch that was kept."""
+    panels, = draw(*[runs["texts"] / method for method in METHODS]).values()
+    assert list(map(list, map(curves, panels))) == [list(METHODS)] * 3 + [["rift"]]
+    log = lines_of(runs["texts"] / "adv", "log.jsonl")
+    expected = [[line["epoch"], line["params_l2"]] for line in log]
+    assert np.allclose(curves(panels[0])["adv"], expected)
+    kept = [json_of(runs["texts"] / x / "metrics.json")["best_epoch"] for x in METHODS]
+    rings = [x for x in panels[0].collections if type(x).__name__ == "PathCollection"]
+    assert kept == [ring.get_offsets()[0][0] for ring in rings]
     image = (tmp_path / "figure.png").read_bytes()
-    assert image[:8] == b"\x89PNG\r\n\x1a\n" and 10_000 < len(image) < 1_000_000
-    width, height = int.from_bytes(image[16:20], "big"), int.from_bytes(image[20:24], "big")
-    assert width == 720 * axes and height == 570
-    assert [path.name for path in tmp_path.glob("*.tmp*")] == []
-    evaluate(*folders, "--plot", tmp_path / "figure.svg", "--plot-attack", "hull")
-    drawing = (tmp_path / "figure.svg").read_text()
-    assert drawing.count('<g id="axes_') == axes
+    assert image[:8] == b"\x89PNG\r\n\x1a\n" and not list(tmp_path.glob(".*tmp*"))
 
 
-def test_plot_can_follow_attacks(run, tmp_path):
-    pytest.importorskip("matplotlib")
-    evaluate(run, "--attacks", "pwws", "--plot", tmp_path / "figure")            # no extension: a PNG
-    assert (tmp_path / "figure").read_bytes()[1:4] == b"PNG" and (run / "attacks.jsonl").exists()
+def test_accuracy_is_drawn_over_alpha(runs, draw):
+    """Seeds are averaged, the bars show their range; adv, which has no alpha, is at 0."""
+    found = [*copies(runs["texts"] / "adv", lambda s: (0.9, 0.2), beta=[5.0]),
+             *copies(runs["texts"] / "rift", lambda s: (s["alpha"], 0.1 * s["seed"]), beta=[5.0],
+                     alpha=[0.1, 0.4], seed=[1, 3])]
+    (ax,), = draw(*found).values()
+    points = curves(ax)
+    assert points["adv, clean"].tolist() == [[0, 0.9]]
+    assert np.allclose(points["rift, clean"], [[0.1, 0.1], [0.4, 0.4]])
+    assert np.allclose(points["rift, hull"], [[0.1, 0.2], [0.4, 0.2]])
+    _, _, (bars,) = ax.containers[-1].lines
+    assert np.allclose(bars.get_segments()[0], [[0.1, 0.1], [0.1, 0.3]])
 
 
-def test_dev_figures_show_the_best_epoch_of_the_log(run, monkeypatch, tmp_path):
-    """--split dev draws what the epoch was chosen by, never the test split's accuracy."""
-    pytest.importorskip("matplotlib")
-    drawn, mean_and_range = [], eval.mean_and_range
-    monkeypatch.setattr(eval, "mean_and_range", lambda rows, by, name: drawn.extend(rows) or mean_and_range(rows, by, name))
-    other = shutil.copytree(run, run.parent / "other")
-    change(other, alpha=0.9)
-    evaluate(run, other, "--split", "dev", "--plot", tmp_path / "figure.png")
-    best = max(lines_of(run, "log.jsonl"), key=lambda line: line["dev_hull"])
-    assert {(row["clean"], row["hull"]) for row in drawn if "clean" in row} == {(best["dev_clean"], best["dev_hull"])}
+def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(runs, draw):
+    """rift with two alphas is two curves of the trade-off; adv, which varies in beta alone, one."""
+    found = [*copies(runs["texts"] / "adv", lambda s: (0.9, s["beta"] / 10), beta=[1.0, 5.0]),
+             *copies(runs["texts"] / "rift", lambda s: (s["alpha"], s["beta"] / 10),
+                     alpha=[0.2, 1.0], beta=[1.0, 5.0], seed=[0, 1])]
+    _, ax = draw(*found)["texts, test texts"]
+    assert {label: points.tolist() for label, points in curves(ax).items()} == {
+        "adv": [[0.9, 0.1], [0.9, 0.5]], "rift alpha 0.2": [[0.2, 0.1], [0.2, 0.5]],
+        "rift alpha 1.0": [[1.0, 0.1], [1.0, 0.5]]}
+    assert [text.get_text() for text in ax.texts] == ["1", "5"] * 3
+
+
+def test_two_tasks_are_two_rows(runs, draw):
+    panels = draw(runs["texts"] / "rift", runs["pairs"] / "standard", runs["pairs"] / "rift")
+    counts = {title: len(axes) for title, axes in panels.items()}
+    assert counts == {"texts, dev texts": 4, "pairs, dev texts": 4}
+    texts, pairs = (panels[title][0].get_position() for title in counts)
+    assert texts.y0 > pairs.y1 and texts.x0 == pytest.approx(pairs.x0, abs=0.05)
+
+
+def test_figures_show_attacks_and_of_dev_the_kept_epoch(run, draw, tmp_path):
+    """What was attacked is eval.json's, with Wilson's interval; dev is never the test split's."""
+    other = change(shutil.copytree(run, run.parent / "other"), beta=0.5)
+    (ax,), = draw(run, other, "--split", "dev").values()
+    best = json_of(run / "metrics.json")["best_epoch"]
+    kept, = [line for line in lines_of(run, "log.jsonl") if line["epoch"] == best]
+    assert curves(ax)["rift"].tolist() == [[kept["dev_clean"], kept["dev_hull"]]] * 2
+    (ax,), = draw(run, other, "--attacks", "pwws", "--plot-attack", "pwws", name="figure").values()
+    x = json_of(run / "eval.json")
+    assert curves(ax)["rift"].tolist() == [[x["clean"], x["pwws"]]] * 2
+    interval = ax.containers[0].lines[2][0].get_segments()[0][:, 0]
+    assert np.allclose(interval, eval.wilson(x["clean"] * x["num_examples"], x["num_examples"]))
+    assert (tmp_path / "figure").read_bytes()[1:4] == b"PNG"     # also without an extension
 
 
 def test_without_matplotlib_it_is_one_line(run, monkeypatch, capsys, tmp_path):
@@ -544,242 +804,202 @@ def test_without_matplotlib_it_is_one_line(run, monkeypatch, capsys, tmp_path):
     assert "pip install matplotlib" in refused(capsys, run, "--plot", tmp_path / "figure.png")
 
 
-# ------------------------------------------------------------------------------------------------ bad input
+# ---- Encoders ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The hub's empty cache, and no network: a folder and the list of what was asked of it."""
+    asked = []
+
+    def unreachable(*args, **kwargs):
+        asked.append(args)
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    return tmp_path / "hub", asked
+
+
+def snapshot(hub, model, without=()):
+    """Puts a model's folder into the hub's cache as some/model, without some of its files."""
+    folder = hub / "models--some--model"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc123")
+    leave_out = shutil.ignore_patterns(*without)
+    return shutil.copytree(model, folder / "snapshots" / "abc123", ignore=leave_out)
+
+
+def test_a_cached_model_needs_no_network(hub, model_folder):
+    cache, asked = hub
+    cached = snapshot(cache, model_folder)
+    assert eval.model_folder("some/model") == cached
+    encoder, tokenizer = eval.load_encoder("some/model")
+    there, _ = eval.load_encoder(model_folder)
+    assert asked == [] and "film" in tokenizer.decode(tokenizer("film")["input_ids"])
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), there.parameters()))
+
+
+@pytest.mark.parametrize("name, without, message", [
+    ("some/model", ["*.safetensors"], "cannot be loaded"),
+    ("some/model", ["tokenizer.json", "vocab*", "merges*"], "tokenizer knows none of the words"),
+    ("some/other", [], "neither a folder nor a model that the hub gives"),
+    ("./nowhere", [], "no such folder"), ("a/b/c", [], "no such folder")])
+def test_a_model_that_is_not_there_is_one_line(hub, model_folder, name, without, message):
+    """Only what may be on the hub is asked for, also what is cached in part."""
+    cache, asked = hub
+    snapshot(cache, model_folder, without)
+    with pytest.raises(data.InputError, match=f"^model {name}: [^\n]*{message}[^\n]*$"):
+        eval.load_encoder(name)
+    assert bool(asked) == name.startswith("some")
+
+
+def pickle_instead(encoder):
+    (encoder / "model.safetensors").unlink()
+    torch.save({"x": torch.zeros(1)}, encoder / "pytorch_model.bin")
+
+
+def deberta(encoder):
+    data.write_json(encoder / "config.json", {"model_type": "deberta-v2"})
+    pickle_instead(encoder)                                      # the kind is what matters first
+
+
+def pointer(encoder):
+    content = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (encoder / "model.safetensors").write_bytes(content)
+
+
+def without(name, start):
+    """Takes the tensors of one kind out of a safetensors file."""
+    def damage(folder):
+        with safetensors.safe_open(folder / name, "pt") as file:
+            kept = {key: file.get_tensor(key) for key in file.keys() if not key.startswith(start)}
+            metadata = file.metadata()
+        (folder / name).write_bytes(safetensors.torch.save(kept, metadata))
+    return damage
+
+
+def tokenizer_gone(encoder):
+    for name in ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt"):
+        (encoder / name).unlink(missing_ok=True)
+
+
+def other_tokenizer(encoder):
+    kind = json_of(encoder / "config.json")["model_type"]
+    other = save_model(encoder / "other", {"bert": "roberta", "roberta": "bert"}[kind])
+    tokenizer_gone(encoder)
+    for path in other.glob("*token*"):
+        path.replace(encoder / path.name)
+
+
+def cut(name, keep):
+    return lambda folder: os.truncate(folder / name, keep)
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def remove(name):
+    return lambda folder: data.remove(folder / name)
+
+
+ENCODERS = [
+    ("pickle", pickle_instead, "has only pytorch_model.bin, which can run code when read; convert"),
+    ("DeBERTa", deberta, "config.json has model_type 'deberta-v2', wanted bert or roberta"),
+    ("Git LFS pointer", pointer, "model.safetensors: is a Git LFS pointer, not the weights"),
+    ("weights cut short", cut("model.safetensors", 9000), "cannot be loaded"),
+    ("no second layer", without("model.safetensors", "encoder.layer.1."), "16 tensors are missing"),
+    ("no tokenizer", tokenizer_gone, "tokenizer knows none of the words the, a and film"),
+    ("tokenizer of another model", other_tokenizer, "the tokenizer is another model's"),
+]
+
+
+@pytest.mark.parametrize("damage, message", [x[1:] for x in ENCODERS], ids=[x[0] for x in ENCODERS])
+def test_a_model_that_cannot_be_used_is_one_line(model_folder, tmp_path, damage, message):
+    """Also the encoder of a finished run: without its tokenizer it would be at chance."""
+    encoder = shutil.copytree(model_folder, tmp_path / "encoder")
+    damage(encoder)
+    with pytest.raises(data.InputError, match="^[^\n]*$") as error:
+        eval.load_encoder(encoder)
+    assert message in str(error.value) and str(encoder) in str(error.value)
+
+
+def test_only_a_pooler_may_be_missing(model_folder, tmp_path):
+    """One that was never pre-trained starts at random; a finished run has its own."""
+    encoder = shutil.copytree(model_folder, tmp_path / "encoder")
+    without("model.safetensors", "pooler.")(encoder)
+    eval.load_encoder(encoder)
+    with pytest.raises(data.InputError, match="2 tensors are missing"):
+        eval.load_encoder(encoder, complete=True)
+
+
+# ---- Bad input -----------------------------------------------------------------------------------
 
 
 BAD_FLAGS = [
     (["--attacks", "hotflip"], "invalid choice: 'hotflip'"),
     (["--attacks"], "--attacks: expected at least one argument"),
-    (["--num-examples", "0"], "--num-examples: '0' has to be an integer of at least 1"),
-    (["--num-examples", "1e3"], "--num-examples: '1e3' has to be an integer"),
+    (["--num-examples", "1e3"], "--num-examples: '1e3' has to be an integer of at least 1"),
     (["--population", "1"], "--population: '1' has to be an integer of at least 2"),
-    (["--generations", "0"], "--generations: '0' has to be an integer of at least 1"),
-    (["--batch-size", "-4"], "--batch-size: '-4' has to be an integer of at least 1"),
-    (["--seed", "-1"], "--seed: '-1' has to be an integer of at least 0"),
     (["--show", "-1"], "--show: '-1' has to be an integer of at least 0"),
-    (["--split", "train"], "invalid choice: 'train'"),
-    (["--precision", "fp16"], "invalid choice: 'fp16'"),
-    (["--device", "warp"], "--device warp"),
+    (["--num", "3"], "unrecognized arguments: --num 3"),
+    (["--device", "warp"], "--device warp: not on this machine"),
     (["--attacks", "genetic", "--lm-constraint", "scores", "--data-dir", "/nowhere"], "/nowhere: "),
+    (["--attacks", "genetic", "--lm-constraint", "/nowhere"], "--lm-constraint /nowhere: neither"),
     (["--neighbors", "/nowhere.json"], "/nowhere.json: "),
     (["--neighbors", "table.csv"], "table.csv: wanted"),
-    (["--num", "3"], "unrecognized arguments: --num 3"),
-    (["--attacks", "genetic", "--lm-constraint", "/nowhere"], "--lm-constraint /nowhere: is neither none, scores nor"),
     (["--plot", "figure.docx"], "figure.docx: Format 'docx' is not supported"),
-    (["--plot", "figure.png", "--plot-attack", "genetic"], "has not been attacked: run eval.py"),
-    (["--plot-attack", "hotflip"], "invalid choice: 'hotflip'"),
+    (["--plot", "figure.png", "--plot-attack", "genetic"], "was not attacked with genetic on test"),
 ]
 
 
-@pytest.mark.parametrize("extra, message", BAD_FLAGS, ids=[" ".join(extra) for extra, _ in BAD_FLAGS])
-def test_bad_flags_are_one_line(run, capsys, tmp_path, monkeypatch, extra, message):
-    if "--plot" in extra:
+@pytest.mark.parametrize("flags, message", BAD_FLAGS, ids=[" ".join(x) for x, _ in BAD_FLAGS])
+def test_bad_flags_are_one_line(run, capsys, tmp_path, monkeypatch, flags, message):
+    if "--plot" in flags:
         pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    error = refused(capsys, run, *extra)
-    assert message in error
-    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert message in refused(capsys, run, *flags)
+    assert before == {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
 
 
-def tensors_without(path, start):
-    """Takes the tensors of one kind out of a safetensors file."""
-    with safetensors.safe_open(path, "pt") as file:
-        kept, metadata = {name: file.get_tensor(name) for name in file.keys() if not name.startswith(start)}, file.metadata()
-    path.write_bytes(safetensors.torch.save(kept, metadata))
-
-
-def pickle_instead(run):
-    (run / "encoder" / "model.safetensors").unlink()
-    torch.save({"x": torch.zeros(1)}, run / "encoder" / "pytorch_model.bin")
-
-
-def of_more_classes(run):
-    change(run, labels=["neg", "pos", "so-so"])
-
-
-def narrow_head(run):
-    tensors, rest = eval.load_tensors(run / "model.safetensors")
-    tensors["head.0.weight"] = tensors["head.0.weight"][:, :8]
-    eval.save_tensors(run / "model.safetensors", tensors, rest)
-
-
-def not_a_number(run):
-    tensors, rest = eval.load_tensors(run / "model.safetensors")
-    tensors["head.2.bias"].fill_(torch.nan)
-    eval.save_tensors(run / "model.safetensors", tensors, rest)
-
-
-def cut(name, keep):
-    return lambda run: (run / name).write_bytes((run / name).read_bytes()[:keep])
-
-
-def write(name, content):
-    return lambda run: (run / name).write_bytes(content)
-
-
-def other_width(run):
-    config = json_of(run / "encoder" / "config.json") | {"hidden_size": 32}
-    (run / "encoder" / "config.json").write_text(json.dumps(config))
-
-
-def other_kind(run):
-    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=30, n_positions=16)).save_pretrained(run / "encoder")
-
-
-DAMAGE = [
-    ("no folder", shutil.rmtree, "config.json: No such file"),
-    ("no config", lambda run: (run / "config.json").unlink(), "config.json: No such file"),
-    ("config cut short", cut("config.json", 100), "config.json: is not JSON"),
-    ("config is a list", write("config.json", b"[1, 2]"), "config.json: holds a list"),
-    ("config is not text", write("config.json", b"\xff\xfe\x00"), "config.json: is not JSON"),
-    ("config without settings", write("config.json", b"{}"), "config.json: has labels None"),
-    ("a setting of another type", lambda run: change(run, max_len="long"), "config.json: has max_len 'long'"),
-    ("labels are no list", lambda run: change(run, labels=3), "config.json: has labels 3"),
-    ("too long for the encoder", lambda run: change(run, max_len=512), "max_len 512, the encoder positions for 34"),
-    ("another method's config", lambda run: change(run, method="adv"), "config.json has method adv, metrics.json rift"),
-    ("another task's classes", of_more_classes, "model.safetensors: g.2.0.bias is nothing there"),
-    ("other data", lambda run: change(run, train_size=8), "was trained on other data than is found now"),
-    ("the data is gone", lambda run: change(run, task="/nowhere"), "/nowhere"),
-    ("unfinished", lambda run: (run / "metrics.json").unlink(), "is not finished (no metrics.json)"),
-    ("metrics cut short", cut("metrics.json", 10), "metrics.json: is not JSON"),
-    ("no table", lambda run: (run / "neighbors.json").unlink(), "neighbors.json: "),
-    ("table cut short", cut("neighbors.json", 20), "neighbors.json: "),
-    ("table of another kind", write("neighbors.json", b'{"good": "great"}'), "neighbors.json: "),
-    ("no model", lambda run: (run / "model.safetensors").unlink(), "model.safetensors: not a readable checkpoint"),
-    ("model cut short", cut("model.safetensors", -100), "model.safetensors: not a readable checkpoint"),
-    ("model empty", write("model.safetensors", b""), "model.safetensors: not a readable checkpoint"),
-    ("model is a pickle", lambda run: torch.save({"x": 1}, run / "model.safetensors"), "model.safetensors: not a readable"),
-    ("model is not ours", lambda run: safetensors.torch.save_file({"x": torch.zeros(1)}, run / "model.safetensors"),
-     "model.safetensors: not a readable checkpoint of this project"),
-    ("no head", lambda run: tensors_without(run / "model.safetensors", "head."), "model.safetensors: head.0.bias is nothing"),
-    ("narrow head", narrow_head, "model.safetensors: head.0.weight is (256, 8) there, the model needs (256, 16)"),
-    ("not a number", not_a_number, "the victim returned a row"),
-    ("no encoder", lambda run: shutil.rmtree(run / "encoder"), "encoder: no such folder"),
-    ("encoder without weights", lambda run: (run / "encoder" / "model.safetensors").unlink(), "cannot be loaded"),
-    ("encoder cut short", cut("encoder/model.safetensors", -64), "encoder: cannot be loaded"),
-    ("encoder's config cut short", cut("encoder/config.json", 50), "encoder: cannot be loaded"),
-    ("encoder is a pickle", pickle_instead, "encoder: cannot be loaded"),
-    ("encoder lacks a layer", lambda run: tensors_without(run / "encoder/model.safetensors", "encoder.layer.1."),
-     "encoder: 16 tensors are missing"),
-    ("encoder lacks its pooler", lambda run: tensors_without(run / "encoder/model.safetensors", "pooler."),
-     "encoder: 2 tensors are missing or of the wrong shape, pooler."),
-    ("encoder of another width", other_width, "encoder: "),
-    ("encoder of another kind", other_kind, "encoder: is a gpt2"),
-    ("eval.json of another kind", write("eval.json", b'{"settings": {"pwws": 3}}'), "eval.json: has no settings"),
-    ("eval.json cut short", write("eval.json", b'{"cle'), "eval.json: is not JSON"),
-    ("lines without settings", write("attacks.jsonl", b"{}\n"), "attacks.jsonl: there is no eval.json"),
+RUNS = [
+    ("no folder", shutil.rmtree, "config.json: cannot be read (No such file"),
+    ("config cut short", cut("config.json", 100), f"config.json: {data.NOT_OURS}"),
+    ("config without settings", write("config.json", b"{}"), "config.json: not a run of this"),
+    ("too long for the encoder", lambda run: change(run, max_len=512), "the encoder positions for"),
+    ("other data", lambda run: change(run, train_size=8), "was trained on other data than is"),
+    ("the data is gone", lambda run: change(run, task="/nowhere"), "unknown task '/nowhere'"),
+    ("unfinished", remove("metrics.json"), "the run is not finished; train.py --resume goes on"),
+    ("no table", remove("neighbors.json"), "neighbors.json: cannot be read"),
+    ("model cut short", cut("model.safetensors", 9000), f"model.safetensors: {data.NOT_OURS}"),
+    ("model of another kind", lambda run: shutil.copy(run / "encoder" / "model.safetensors", run),
+     f"model.safetensors: {data.NOT_OURS}"),
+    ("no head", lambda run: change_head(run, lambda x: x.pop("head.0.bias")),
+     "model.safetensors: of another run, or damaged"),
+    ("more classes", lambda run: change(run, labels=["neg", "pos", "so-so"]),
+     "model.safetensors: of another run, or damaged"),
+    ("no encoder", remove("encoder"), "encoder: no such folder"),
+    ("no tokenizer", lambda run: tokenizer_gone(run / "encoder"), "tokenizer knows none of the"),
+    ("eval.json cut short", write("eval.json", b'{"cle'), f"eval.json: {data.NOT_OURS}"),
 ]
 
 
-@pytest.mark.parametrize("damage, message", [case[1:] for case in DAMAGE], ids=[case[0] for case in DAMAGE])
+@pytest.mark.parametrize("damage, message", [x[1:] for x in RUNS], ids=[x[0] for x in RUNS])
 def test_a_damaged_run_is_refused_by_name(run, capsys, damage, message):
     damage(run)
     error = refused(capsys, run, "--attacks", "pwws")
     assert message in error and (str(run) in error or "/nowhere" in error), error
 
 
-LINES = [
-    (b"not json\n{}\n", "attacks.jsonl, line 1"),
-    (b'{"index": 1}\n{}\n', "attacks.jsonl, line 1"),
-    (b"3\n\n", "attacks.jsonl, line 1"),
-    (b"\xff\xff\n{}\n", "attacks.jsonl, line 1"),
-]
-
-
-@pytest.mark.parametrize("content, message", LINES)
-def test_damaged_lines_are_refused_by_number(run, capsys, content, message):
-    evaluate(run, "--attacks", "pwws", "--num-examples", 4)
-    (run / "attacks.jsonl").write_bytes(content)
-    error = refused(capsys, run, "--attacks", "pwws", "--num-examples", 4)
-    assert message in error and "is not a JSON object with index" in error
-
-
-SCORES = [
-    ("0\tthis movie\n0\t0\tthis\n", "scores.txt, line 2"),
-    ("0\t0\tthis\t-3\n", "scores.txt, line 1"),
-    ("0\tthis movie\n0\t5\tthis\t-3\n", "scores.txt, line 2"),
-    ("0\tthis movie\n0\t0\tthis\tlow\n", "scores.txt, line 2"),
-    ("0\tsome other text\n", "the score file knows no test text"),
-    (None, "holds 0 .txt files"),
-]
-
-
-@pytest.mark.parametrize("content, message", SCORES)
-def test_bad_score_files_are_one_line(run, capsys, tmp_path, content, message):
-    folder = tmp_path / "data" / "lm_scores"
-    folder.mkdir(parents=True)
-    if content:
-        (folder / "scores.txt").write_text(content)
-    error = refused(capsys, run, "--attacks", "genetic", "--lm-constraint", "scores", "--data-dir", tmp_path / "data")
-    assert message in error and "--lm-constraint none" in error
-
-
-def test_wordnet_that_is_not_installed_is_one_line(run, capsys, monkeypatch):
-    monkeypatch.setattr(data, "prepare_nltk", lambda data_dir=None, wordnet=False: wordnet and PREPARE_NLTK(data_dir, True))
-    monkeypatch.setattr(data.nltk.data, "path", [])
-    monkeypatch.setattr(data.nltk, "download", lambda *args, **kwargs: False)
-    not_there = mock.Mock(ensure_loaded=mock.Mock(side_effect=LookupError))      # another test may have loaded it
-    monkeypatch.setattr(data.nltk.corpus, "wordnet", not_there)
-    error = refused(capsys, run, "--attacks", "pwws", "pwws-wordnet")
-    assert "wordnet" in error and "nltk.downloader" in error
-    assert not (run / "attacks.jsonl").exists()                                  # found before anything is attacked
-
-
 def test_a_full_disk_is_one_line(run, capsys, monkeypatch):
     """What was there before stays."""
     evaluate(run, "--attacks", "pwws", "--num-examples", 4)
-    before = (run / "attacks.jsonl").read_bytes()
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(data.os, "replace", full)
-    assert "No space left on device" in refused(capsys, run, "--attacks", "pwws", "--num-examples", 4)
-    assert before == (run / "attacks.jsonl").read_bytes()
-
-
-def test_help_explains_every_flag(capsys):
-    with pytest.raises(SystemExit) as stop:
-        eval.main(["--help"])
-    out = capsys.readouterr().out
-    assert stop.value.code == 0 and "paper" in out and "(default: None)" not in out and Path(eval.__file__).name in out
-
-
-def test_seeds_are_averaged_by_method():
-    """0.5 and 1.0 are 0.75 on average with a standard deviation of 0.354; a single run has no spread."""
-    def run(*correct):
-        return {"robust": {"clean": np.array(correct), "pwws": np.array(correct)}}
-
-    methods = {"adv": [run(True, False), run(True, True)], "rift": [run(False, True)]}
-    assert eval.seeds_table(methods, ["pwws"]) == [
-        ["method", "runs", "clean", "pwws"],
-        ["adv", "2", "0.750 (sd 0.354)", "0.750 (sd 0.354)"],
-        ["rift", "1", "0.500", "0.500"]]                                         # one run has no spread
-
-
-def test_runs_are_averaged_over_seeds_only():
-    """Runs of one method with another alpha stand apart, and the name says so; where data lie sets nothing apart."""
-    def run(**settings):
-        return {"run": settings}
-
-    runs = [run(method="adv", alpha=0.1, seed=0, data_dir="a"), run(method="adv", alpha=0.1, seed=1, data_dir="b"),
-            run(method="rift", alpha=0.1, seed=0, data_dir="a"), run(method="rift", alpha=0.5, seed=0, data_dir="a")]
-    assert eval.by_settings(runs) == {"adv": runs[:2], "rift alpha 0.1": [runs[2]], "rift alpha 0.5": [runs[3]]}
-
-
-def test_differences_of_methods_are_as_uncertain_as_runs_and_texts():
-    """0.75 - 0.25 of two runs each is 0.5; runs that agree leave the texts' uncertainty, runs that differ widen it."""
-    rng = np.random.default_rng(0)
-    better, worse = rng.random(100) < 0.75, rng.random(100) < 0.25
-    _, low, high = eval.paired_bootstrap([better, better], [worse, worse])
-    assert (low, high) == pytest.approx(eval.paired_bootstrap(better, worse)[1:], abs=1e-9)
-    d, wide_low, wide_high = eval.paired_bootstrap([better, worse], [worse, worse])
-    assert d == pytest.approx((better.mean() - worse.mean()) / 2) and wide_high - wide_low > high - low
-
-    def run(correct):
-        return {"robust": {"clean": correct, "pwws": correct}}
-
-    head, row = eval.differences_table([("adv - standard", [run(better)] * 2, [run(worse)] * 2)], ["pwws"])
-    assert head == ["difference", "clean", "pwws"] and row[0] == "adv - standard"
-    assert all(cell.startswith(f"{better.mean() - worse.mean():+.3f} [") for cell in row[1:])
+    before = files_of(run)
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(data.os, "replace", mock.Mock(side_effect=full))
+    error = refused(capsys, run, "--attacks", "pwws", "--num-examples", 8)
+    assert "No space left on device" in error and str(run) in error and files_of(run) == before
