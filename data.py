@@ -624,8 +624,8 @@ def read_neighbors(path):
         if joined.lower().split() != others:
             raise InputError(f"{path}: {word!r} maps to {str(others)[:200]}, wanted a list of "
                              f"single lower-case words")
-    # other keys, of which the published table has some, are no single words and never match
-    return {word: others for word, others in items if word.lower().split() == [word]}
+    # other keys, of which the published table has some, are no word of a text and never match
+    return {word: others for word, others in items if clean(word).lower().split() == [word]}
 
 
 def wordnet_neighbors(words):

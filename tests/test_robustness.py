@@ -38,6 +38,7 @@ from tests.conftest import TABLE, WORDS, review, save_model, write_task
 ROOT = Path(__file__).parents[1]
 TRAIN = """--task task --model bert --neighbors task/neighbors.json --out runs --epochs 2
     --batch-size 8 --max-len 16 --adv-steps 1 --lr 1e-3 --device cpu""".split()
+KILLED = [*TRAIN, "--out", "killed", "--epochs", "3"]
 RUN = "runs/standard"
 FORKSERVER = multiprocessing.get_context("forkserver")  # its children need not import torch anew
 FORKSERVER.set_forkserver_preload(["tests.test_robustness"])
@@ -125,7 +126,7 @@ def killed_at(n, folder, resume):
 
     for owner, name in MOMENTS:
         setattr(owner, name, counted(getattr(owner, name), name))
-    train.main([*TRAIN, "--out", "killed", *["--resume"] * resume])
+    train.main([*KILLED, *["--resume"] * resume])
     Path("count").write_text(str(count))
 
 
@@ -146,11 +147,12 @@ def unkilled(base, tmp_path_factory):
 
 @pytest.mark.parametrize("draw", range(3))
 def test_a_run_killed_at_random_ends_like_one_that_was_never_killed(base, unkilled, tmp_path, draw):
-    """Killed three times, each time gone on with."""
+    """Killed three times, each time gone on with. Its epochs are the second half of its moments."""
     expected, total = unkilled
     folder, rng = shutil.copytree(base, tmp_path / "here"), random.Random(draw)
-    for i in range(3):
-        code, = children(killed_at, (rng.randint(1, total // (1 + i)), folder, i > 0))
+    moments = [rng.randint(total // 2, total), rng.randint(1, total // 2), rng.randint(1, 20)]
+    for i, n in enumerate(moments):
+        code, = children(killed_at, (n, folder, i > 0))
         assert code == -signal.SIGKILL or i and code == 0           # 0: less was left to do
     assert children(killed_at, (0, folder, True)) == [0]
     assert outcome(folder / "killed" / "rift") == expected
@@ -166,7 +168,8 @@ def test_a_run_killed_while_it_finishes_ends_like_one_that_was_never_killed(
     whole = shutil.copytree(last_epoch, tmp_path / "whole")
     assert children(killed_at, (0, whole, True)) == [0]
     total = int((whole / "count").read_text())
-    folders = {n: shutil.copytree(last_epoch, tmp_path / str(n)) for n in range(total - 11, total + 1)}
+    folders = {n: shutil.copytree(last_epoch, tmp_path / str(n))
+               for n in range(total - 11, total + 1)}
     killed = children(killed_at, *[(n, folder, True) for n, folder in folders.items()])
     assert killed == [-signal.SIGKILL] * 12
     assert children(killed_at, *[(0, folder, True) for folder in folders.values()]) == [0] * 12
@@ -306,22 +309,22 @@ BAD_TRAIN = [
     ({}, ["--train-size", "2"], "task: class 'neg' has 1 training examples"),
     ({}, ["--train-size", "5000"], "train: 5000 examples are 2500 of each class, wanted 1 to 16"),
     ({}, ["--dev-size", "2"], "--dev-size: dev has 2 texts, at least 4 are needed"),
-    ({"task/train.tsv": "text\tlabel\n"}, [], "task/train.tsv, line 1: 'text\\tlabel', wanted the"),
-    ({"task/train.tsv": GOOD + "neg\n"}, [], "task/train.tsv, line 20: ['neg'], wanted 'label\\tte"),
-    ({"task/train.tsv": b"label\ttext\nneg\t\xff\n"}, [], "train.tsv, line 2: not UTF-8 (byte 0xff)"),
+    ({"task/train.tsv": "text\tlabel\n"}, [], "task/train.tsv, line 1: 'text\\tlabel', wanted t"),
+    ({"task/train.tsv": GOOD + "neg\n"}, [], "task/train.tsv, line 20: ['neg'], wanted 'label"),
+    ({"task/train.tsv": b"label\ttext\nneg\t\xff\n"}, [], "train.tsv, line 2: not UTF-8 (byte"),
     ({"task/train.tsv": GOOD + "odd\tone\n"}, [], "task: class 'odd' has 1 training examples"),
     ({"task/dev.tsv": "label\ttext\nso\ta\n"}, [], "task/dev.tsv, line 2: label 'so' does not occ"),
     ({"task/test.tsv": None}, [], "task/test.tsv: cannot be read (No such file"),
     ({"task/test.tsv": None, "task/test.tsv/x": ""}, [], "task/test.tsv: cannot be read (Is a dir"),
     ({TAR: "<html>"}, IMDB, f"{TAR}: cannot be read"),
-    ({TAR: archive("../evil/train/pos/1.txt")}, IMDB, f"{TAR}: holds no aclImdb/train/neg/*.txt"),
+    ({TAR: archive("../evil/train/pos/1.txt")}, IMDB, f"{TAR}: cannot be read ('../evil"),
     ({TAR: archive("aclImdb/train/neg/1.txt", tarfile.SYMTYPE, "/etc/passwd")}, IMDB,
      f"{TAR}: holds no aclImdb/train/neg/*.txt"),
     ({"mine/aclImdb/x": ""}, IMDB, "mine/aclImdb: holds no aclImdb/train/neg/*.txt"),
     ({"mine/snli_1.0.zip": b"PK\x03\x04cut"}, SNLI, "mine/snli_1.0.zip: cannot be read"),
     ({"mine/snli_1.0/snli_1.0_train.jsonl": "{}\n"}, SNLI,
      "mine/snli_1.0/snli_1.0_train.jsonl, line 1: '{}', wanted JSON with"),
-    ({"t.json": '{"a": ["B c"]}'}, ["--neighbors", "t.json"], "t.json: 'a' maps to ['B c'], wanted"),
+    ({"t.json": '{"a": ["B c"]}'}, ["--neighbors", "t.json"], "t.json: 'a' maps to ['B c'], wa"),
     ({"t.json": '{"a": ["b"'}, ["--neighbors", "t.json"], "t.json: wanted a JSON object"),
     ({"v.txt": "a 1 2\nb 1 nan\n"}, ["--neighbors", "v.txt"], "v.txt, line 2: 'b 1 nan', wanted a"),
     ({"v.txt": "zebra 1 2\n"}, ["--neighbors", "v.txt"], "v.txt: none of the "),
@@ -409,7 +412,7 @@ ODD = ["", " ", "good", "...", "?!,;", "😀 👩‍👩‍👧 مرحبا 你�
        "zyxxyz qwrtp", "[SEP] [CLS] good </s> <s> <mask> [MASK] <pad> [PAD]", "the the the",
        "\u2028 \x00 \x7f \x85 \xa0 \u200b é ﬁ İ", "good[SEP]movie </s></s>", "a" * 5000,
        "GOOD Movie", "<br /><br />", "nan - 1e999"]
-VECTORS = "".join(f"{word} 1 -0.5 {i}e3\n" for i, word in enumerate(WORDS)).encode()
+VECTORS = "".join(f"{word} 1 -0.5 1e30{i % 8}\n" for i, word in enumerate(WORDS)).encode()
 
 
 def mutated(rng, content):
@@ -418,7 +421,7 @@ def mutated(rng, content):
     for _ in range(rng.randint(0, 3)):
         i = rng.randrange(len(content) + 1)
         j = min(len(content), i + rng.randint(0, 6))
-        odd = rng.choice([*ODD, "\t", "\n", '"', "\udcff", chr(rng.randrange(0x110000))])
+        odd = rng.choice([rng.choice(ODD), "\t", "\n", '"', "\\ud800", chr(rng.randrange(0x110000))])
         content[i:j] = rng.choice([b"", content[i:j] * 2, rng.randbytes(1),
                                    odd.encode("utf-8", "surrogatepass")])
     return bytes(content[:rng.randint(0, len(content))] if rng.random() < 0.1 else content)
@@ -465,31 +468,27 @@ def test_random_files_are_read_or_refused(tmp_path, name, content, read, sound):
 # ---- Odd texts -----------------------------------------------------------------------------------
 
 
-def write_odd(folder, task):
-    """The archives' folders with odd texts: reviews, or premises and hypotheses in every mixture."""
-    rng, files = np.random.default_rng(0), {}
-    odd = [*ODD, "very " * 100_000]
-    if task == "imdb":
-        for split in ("train", "test"):
-            for y, label in enumerate(["neg", "pos"]):
-                for i, text in enumerate([*odd, *(review(rng, y) for _ in range(8))]):
-                    files[folder / "aclImdb" / split / label / f"{i}.txt"] = text
-    else:
-        for split in ("train", "dev", "test"):
-            pairs = [pair for text in odd for pair in (
-                (text, review(rng, 0)), (review(rng, 1), text), (text, text))]
-            labels = ["entailment", "contradiction", "neutral"] * len(odd)
-            rows = [json.dumps({"gold_label": label, "sentence1": a, "sentence2": b})
-                    for label, (a, b) in zip(labels, pairs)]
-            files[folder / "snli_1.0" / f"snli_1.0_{split}.jsonl"] = "\n".join(rows)
-    prepare(files)
+def write_odd(folder):
+    """The archives' folders with odd texts: reviews; or premises, hypotheses and both."""
+    rng, odd, files = np.random.default_rng(0), [*ODD, "very " * 100_000], {}
+    for split in ("train", "dev", "test"):
+        for y, label in enumerate(["neg", "pos"]):
+            texts = [*odd, *(review(rng, y) for _ in range(8))]
+            files |= {f"aclImdb/{split}/{label}/{i}.txt": text for i, text in enumerate(texts)}
+        pairs = [pair for text in odd for pair in (
+            (text, review(rng, 0)), (review(rng, 1), text), (text, text))]
+        labels = ["entailment", "contradiction", "neutral"] * len(odd)
+        files[f"snli_1.0/snli_1.0_{split}.jsonl"] = "\n".join(
+            json.dumps({"gold_label": label, "sentence1": a, "sentence2": b})
+            for label, (a, b) in zip(labels, pairs))
+    prepare({folder / name: content for name, content in files.items()})
 
 
 @pytest.mark.parametrize("task", ["imdb", "snli"])
 def test_odd_texts_train_evaluate_and_are_attacked(model_folder, tmp_path, plain_words, monkeypatch,
                                                    task):
     """Whatever is written in them, only the ends of texts become special tokens."""
-    write_odd(tmp_path / "data", task)
+    write_odd(tmp_path / "data")
     odd_table = TABLE | {"good": ["</s>", "[sep]", "great", "😀"], "...": ["?!"]}
     data.write_json(tmp_path / "table.json", odd_table)
     encode, seen = data.Vocabulary.encode, []
@@ -598,12 +597,12 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(here, unkilled, capsy
 
     monkeypatch.setattr(data, "replacing", full)
     with pytest.raises(SystemExit) as stop:
-        train.main([*TRAIN, "--out", "killed"])
+        train.main(KILLED)
     line = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and files_of(here) == before
     assert line == f"train.py: error: killed/rift/{name}: cannot be written (File too large)"
     monkeypatch.setattr(data, "replacing", replacing)
-    train.main([*TRAIN, "--out", "killed", "--resume"])
+    train.main([*KILLED, "--resume"])
     assert outcome(here / "killed" / "rift") == unkilled[0]
 
 
