@@ -877,7 +877,6 @@ def draw_tradeoff(ax, runs, attack):
                         color=look["color"])
     ax.margins(0.08)
     ax.set(xlabel="clean accuracy", ylabel=f"accuracy under {attack}")
-    ax.legend(title="numbers: beta")
 
 
 def draw_forgetting(ax, runs, attack, measure, label):
@@ -916,30 +915,29 @@ def plot(folders, path, attack, split):
     for folder in folders:
         x = read_finished(folder, attack, split)
         tasks.setdefault(Path(x.run.task).name, []).append(x)
-    rows = []
+    panels = []                                         # (what draws it, title, runs, arguments)
     for task, runs in tasks.items():
+        title, before = f"{task}, {split} texts", len(panels)
         of = {method: [x.run for x in runs if x.run.method == method] for method in rift.METHODS}
-        panels = []
         if len({s.alpha for s in of["rift"]}) > 1:
-            panels.append((draw_alpha, runs, {}))
+            panels.append((draw_alpha, title, runs, {}))
         if any(len({s.beta for s in of[method]}) > 1 for method in of if method != "standard"):
-            panels.append((draw_tradeoff, runs, {}))
-        for label, measure in FORGETTING.items() if not panels else ():
+            panels.append((draw_tradeoff, title, runs, {}))
+        for label, measure in FORGETTING.items() if len(panels) == before else ():
             having = [x for x in runs if "info_n" in x.kept] if "L_info" in label else runs
-            if having:
-                panels.append((draw_forgetting, having, dict(measure=measure, label=label)))
-        rows.append((task, panels))
-    columns = max(len(panels) for _, panels in rows)
-    figure = Figure(figsize=(4.4 * columns, 3.6 * len(rows) + 0.3), layout="constrained")
-    for axes, (task, panels) in zip(figure.subplots(len(rows), columns, squeeze=False), rows):
-        for ax in axes[len(panels):]:
-            ax.set_visible(False)
-        for ax, (draw, runs, more) in zip(axes, panels):
-            draw(ax, runs, attack, **more)
-            ax.grid(alpha=0.3)
-            where = "dev" if draw is draw_forgetting else split
-            ax.set_title(f"{task}, {where} texts", size=10)
-            ax.legend(fontsize=8, title=ax.get_legend() and ax.get_legend().get_title().get_text())
+            more = dict(measure=measure, label=label)
+            panels += [(draw_forgetting, f"{task}, dev texts", having, more)] * bool(having)
+    columns = min(len(panels), 2)
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.6 * columns, 3.5 * rows + 0.3), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for ax in axes[len(panels):]:
+        ax.set_visible(False)
+    for ax, (draw, title, runs, more) in zip(axes, panels):
+        draw(ax, runs, attack, **more)
+        ax.grid(alpha=0.3)
+        ax.set_title(title, size=10)
+        ax.legend(fontsize=8, title="numbers: beta" if draw is draw_tradeoff else None)
     figure.suptitle("Bars: range over seeds; of a single run's accuracy its 95% interval", size=9)
     image = io.BytesIO()
     try:

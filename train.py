@@ -114,7 +114,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
                 weight = len(part) / len(rows)
                 (terms["loss"] * weight).backward()
                 totals.update({name: value.item() * weight for name, value in terms.items()})
-            average_gradients(model, world)
+            totals = average(model, totals, world)
             check_finite(totals, model, epoch, step, adamw)
             adamw.step()
             sums.update(totals)
@@ -328,13 +328,15 @@ def share(rows, y, rank, world):
     return np.concatenate([part[:N * world][rank::world] for part in parts])
 
 
-def average_gradients(model, world):
-    """Replaces every gradient by its mean over the processes."""
-    if world > 1:
-        for p in model.parameters():
-            if p.grad is not None:
-                dist.all_reduce(p.grad)
-                p.grad /= world
+def average(model, totals, world):
+    """Replaces every gradient by its mean over the processes; returns the totals' means."""
+    if world == 1:
+        return totals
+    values = torch.tensor(list(totals.values()), device=model.encoder.device)
+    for x in [values, *(p.grad for p in model.parameters() if p.grad is not None)]:
+        dist.all_reduce(x)
+        x /= world
+    return Counter(dict(zip(totals, values.tolist())))
 
 
 # ---- One run: a method and a seed ----------------------------------------------------------------
@@ -526,8 +528,9 @@ def check_first(folders, s, resume, overwrite):
         if (folder / "config.json").exists() and not (resume or overwrite):
             raise InputError(f"{folder}: holds a run already; --resume goes on with it, "
                              "--overwrite replaces it, or choose another --out")
+        new = not folder.exists()
         data.write_atomically(folder / ".writable", "")
-        data.remove(folder / ".writable")
+        data.remove(folder if new else folder / ".writable")
     if s.neighbors or s.task != "toy":
         data.find_neighbors(s.neighbors, s.data_dir)
     encoder, _ = eval.load_encoder(s.model)
@@ -564,13 +567,14 @@ def main(argv):
     if s.batch_size < 2 * len(task.labels):             # before the teacher reads all texts
         raise InputError(f"--batch-size {s.batch_size}: wanted at least {2 * len(task.labels)}, "
                          f"two texts of each of {len(task.labels)} classes")
-    known = {}
+    known, begun = {}, []
     for (method, seed), folder in folders.items():
+        begun.append(folder)
         settings = SimpleNamespace(**vars(s) | {"method": method, "seed": seed})
         try:
             run(task, table, settings, folder, args.resume, args.overwrite, known)
         except KeyboardInterrupt:
-            goes_on = (folder / "checkpoint.safetensors").exists()
+            goes_on = len(begun) > 1 or (folder / "checkpoint.safetensors").exists()
             flag = "--resume in place of --overwrite" if "--overwrite" in argv else "--resume"
             raise KeyboardInterrupt(f"the same command with {flag} goes on" if goes_on else
                                     "no epoch was finished yet") from None

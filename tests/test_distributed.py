@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def losses_and_gradients(method, C):
     terms = rift.objective(model(**part, y=y[rows], w=w, T=T[rows]), method,
                            dict(beta=10, alpha=0.1, ptwd=0.01))
     terms["loss"].backward()
-    train.average_gradients(model, world)
+    train.average(model, Counter(), world)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: value.item() for name, value in terms.items()}, gradients
 
@@ -92,7 +93,7 @@ def test_the_shares_make_up_the_batch():
 def test_a_batch_too_small_to_share_is_left_out(plain_words, tmp_path, monkeypatch, capsys):
     """16 texts a class in batches of 7 are 7, 7 and 2, too few for three processes."""
     monkeypatch.setattr(train, "processes", lambda: (0, 3))         # the first of three
-    monkeypatch.setattr(train, "average_gradients", lambda *_: None)
+    monkeypatch.setattr(train, "average", lambda model, totals, world: totals)
     monkeypatch.setattr(dist, "barrier", lambda: None)
     task, bert = write_task(tmp_path / "task"), save_model(tmp_path / "bert", "bert")
     arguments = ["--task", task, "--model", bert, "--neighbors", task / "neighbors.json", "--out",

@@ -421,7 +421,8 @@ def mutated(rng, content):
     for _ in range(rng.randint(0, 3)):
         i = rng.randrange(len(content) + 1)
         j = min(len(content), i + rng.randint(0, 6))
-        odd = rng.choice([rng.choice(ODD), "\t", "\n", '"', "\\ud800", chr(rng.randrange(0x110000))])
+        letter = chr(rng.randrange(0x110000))
+        odd = rng.choice([rng.choice(ODD), "\t", "\n", '"', "\\ud800", letter])
         content[i:j] = rng.choice([b"", content[i:j] * 2, rng.randbytes(1),
                                    odd.encode("utf-8", "surrogatepass")])
     return bytes(content[:rng.randint(0, len(content))] if rng.random() < 0.1 else content)
