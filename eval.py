@@ -149,9 +149,13 @@ def load_encoder(name_or_dir, complete=False):
         encoder, info = AutoModel.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True, **load)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **load)
     except Exception as error:              # a damaged folder makes the library raise all kinds
         raise InputError(f"{where}: cannot be loaded ({first_line(error)})") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **load)
+    except Exception as error:
+        raise InputError(f"{where}: the files of its tokenizer are missing or damaged "
+                         f"({first_line(error)})") from None
     lost = [key for key in info["missing_keys"] if complete or not key.startswith("pooler.")]
     lost += [key for key, *_ in info["mismatched_keys"]]
     if lost:

@@ -23,6 +23,7 @@ import inspect
 import json
 import math
 import platform
+import tempfile
 import time
 from collections import Counter
 from datetime import timedelta
@@ -378,6 +379,13 @@ def run(task, table, s, folder, resume, overwrite, known):
 # ---- The toy task's pre-trained encoder ----------------------------------------------------------
 
 
+def bert_tokenizer(tokens):
+    """A BERT tokenizer whose vocabulary is the list `tokens`."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "vocab.txt").write_text("\n".join(tokens))
+        return BertTokenizer.from_pretrained(folder)
+
+
 def pretrain_toy(folder, steps=1000, batch_size=32, lr=3e-3, masked=0.4):
     """Pre-trains a BERT of 2 layers, 64 wide, on the toy grammar by masked-language modelling.
 
@@ -387,8 +395,7 @@ def pretrain_toy(folder, steps=1000, batch_size=32, lr=3e-3, masked=0.4):
     torch.manual_seed(0)
     texts = data.toy_pretraining_texts()
     words = sorted({word for text in texts for word in text.split()})
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(tokens)})
+    tokenizer = bert_tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=128, max_position_embeddings=64, initializer_range=0.1)

@@ -184,7 +184,7 @@ def random_encoder():
     torch.manual_seed(0)
     words = map("".join, itertools.product("bcdfghklmn", "aeiou", "bcdfghklmnprstvwxyz"))
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    tokenizer = transformers.BertTokenizer(vocab={token: i for i, token in enumerate(tokens)})
+    tokenizer = train.bert_tokenizer(tokens)
     config = transformers.BertConfig(
         vocab_size=len(tokens), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=128, initializer_range=0.1)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import (BertConfig, BertModel, BertTokenizer, RobertaConfig, RobertaModel,
-                          RobertaTokenizer)
+from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel, RobertaTokenizer
 
 import data
+import train
 
 SIZE = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
             intermediate_size=32, initializer_range=0.5)       # weights large enough to matter
@@ -45,7 +45,7 @@ def save_model(folder, kind):
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "bert":
         tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-        tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(tokens)})
+        tokenizer = train.bert_tokenizer(tokens)
     else:
         bpe = ByteLevelBPETokenizer(add_prefix_space=True)
         bpe.train_from_iterator([" ".join(WORDS)] * 20, vocab_size=400, min_frequency=2,

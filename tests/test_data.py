@@ -27,9 +27,10 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import BertTokenizer, RobertaTokenizer
+from transformers import RobertaTokenizer
 
 import data
+import train
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real files are not here")
@@ -647,7 +648,7 @@ def bert(folder):
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz[]<>/.,'",
              "##s", "##e", "good", "great", "fine", "film", "movie", "cinema", "##tic", "an", "the",
              "man", "sep", "null", "ca", "n't", "not"]
-    return BertTokenizer(vocab={word: i for i, word in enumerate(vocab)})
+    return train.bert_tokenizer(vocab)
 
 
 def roberta(folder):
@@ -667,7 +668,7 @@ def tokenizer(request, tmp_path):
 
 def test_a_tokenizer_without_a_vocabulary_is_refused(tokenizer):
     data.check_tokenizer(tokenizer, "model")
-    empty = BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4})
+    empty = train.bert_tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
     with pytest.raises(data.InputError, match="^model m: its tokenizer knows none of the words"):
         data.check_tokenizer(empty, "model m")
 

@@ -395,7 +395,7 @@ def test_a_stopped_run_ends_like_one_that_was_not(task, bert, tmp_path, capsys, 
         epochs += (n - 1) // 4
         assert error == "train.py: stopped; " + ("the same command with --resume goes on" if epochs
                                                  else "no epoch was finished yet")
-    assert not list((tmp_path / "parts" / "standard").iterdir())
+    assert not (tmp_path / "parts" / "standard").exists()
     train.main([*arguments, "--resume"])
     for name in (method, "standard"):
         whole, parts = tmp_path / "whole" / name, tmp_path / "parts" / name
