@@ -1012,13 +1012,13 @@ def command(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")    # print what the terminal can show
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             return main(sys.argv[1:] if argv is None else argv)
         except (InputError, OSError) as error:
             print(f"{script}: error: {error}", file=sys.stderr)

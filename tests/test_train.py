@@ -8,10 +8,8 @@ forgotten is measured on held-out texts. A step that is not finite changes no we
 import itertools
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +27,6 @@ import rift
 import train
 from tests.conftest import save_model, write_task
 
-ROOT = Path(__file__).parents[1]
 L_TASK = {"ce", "kl"}
 TERMS = {"standard": {"ce"}, "adv": L_TASK, "adv-mixout": L_TASK, "adv-ptwd": L_TASK | {"ptwd"},
          "rift-marginal": L_TASK | {"info"}, "rift": L_TASK | {"info"}}
@@ -415,14 +412,6 @@ def test_ctrl_c_says_what_to_write_in_place_of_overwrite(task, bert, tmp_path, c
     assert (tmp_path / "runs" / "standard" / "metrics.json").exists()
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval.py"])
-def test_ctrl_c_during_the_imports_is_one_line(tmp_path, script):
-    (tmp_path / "numpy.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)")
-    ended = subprocess.run([sys.executable, ROOT / script], capture_output=True, text=True,
-                           env=os.environ | {"PYTHONPATH": str(tmp_path)})
-    assert ended.returncode == 130 and ended.stderr == f"\n{script}: stopped\n"
-
-
 def test_a_damaged_checkpoint_is_refused_by_name(task, bert, tmp_path, capsys, monkeypatch):
     arguments = command(task, bert, tmp_path / "runs", "--method", "adv")
     measure, calls = train.measure, []
@@ -456,26 +445,6 @@ def test_a_folder_that_holds_a_run_is_not_touched(task, bert, tmp_path, capsys):
 
 
 # ---- Bad input is refused early ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("more, message", [
-    (["--task", "imbd"], "--task imbd: no such folder"),
-    (["--model", "/nowhere"], "model /nowhere: no such folder"),
-    (["--model", "./bert-base"], "model ./bert-base: no such folder"),
-    (["--neighbors", "/nowhere.json"], "/nowhere.json"),
-    (["--max-len", "35"], "--max-len 35: "),
-    (["--batch-size", "3"], "--batch-size: '3' has to be"),
-    (["--out", "FILE"], "FILE/rift"),
-    (["--method", "rfit"], "invalid choice: 'rfit'"),
-    (["--device", "warp"], "--device warp")])
-def test_what_is_cheap_to_check_is_checked_before_texts_are_read(task, bert, tmp_path, capsys,
-                                                                 monkeypatch, more, message):
-    monkeypatch.setattr(eval, "open_task", lambda *_: pytest.fail("texts were read"))
-    monkeypatch.chdir(tmp_path)
-    Path("FILE").touch()
-    error = stopped(capsys, command(task, bert, tmp_path / "runs", *more), 2)
-    assert error.startswith("train.py: error: ") and message in error
-    assert not [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
 
 
 def test_a_batch_without_two_texts_a_class_is_refused_before_the_teacher_reads(
