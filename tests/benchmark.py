@@ -393,13 +393,12 @@ def training(case):
         for precision in agrees:
             spent[precision] += case.seconds(case.ours, rows, precision)[0]
     case.model.eval()
-    for rows in tqdm(chosen, f"train/{case.name}: compared", leave=False, disable=None):
-        for (precision, where), shares in compare(case, rows).items():
-            for name, share in shares.items():
-                if not share <= 1:
-                    agrees[precision] = False
-                    tqdm.write(f"train/{case.name}/{precision}, {where}: {name} differs by "
-                               f"{share:.2g} times what is allowed", file=sys.stderr)
+    for (precision, where), shares in compare(case, chosen[n // 2]).items():
+        for name, share in shares.items():
+            if not share <= 1:
+                agrees[precision] = False
+                print(f"train/{case.name}/{precision}, {where}: {name} differs by {share:.2g} times "
+                      "what is allowed", file=sys.stderr)
     return {f"train/{case.name}/{precision}": case.row(spent["plain"], spent[precision], same)
             for precision, same in agrees.items()}
 

@@ -10,8 +10,6 @@ import json
 import math
 import shutil
 import signal
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
