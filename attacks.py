@@ -98,8 +98,8 @@ def genetic(words, y, synonyms, rng, population=60, generations=40):
     positions = positions_of(words, synonyms)
 
     def perturb(texts):
-        """At one random position of each text, the best of the original word and its synonyms:
-        (the perturbed texts, their probabilities (len(texts), C)). All texts share one yield."""
+        """(texts, P): each text with the best of the original word and its synonyms at one random
+        position, and the probabilities (len(texts), C). The texts are scored in one yield."""
         at = [positions[k] for k in rng.integers(len(positions), size=len(texts))]
         swaps = [(text, i, w) for text, i in zip(texts, at) for w in (words[i], *synonyms[i])]
         P = yield (replace(*swap) for swap in swaps)
@@ -165,14 +165,15 @@ def attack(victim, examples, method, synonyms, *, seed=0, batch_size=64, in_flig
     in_flight:   how many examples are attacked at once
     max_words:   only the first max_words words of the changeable text may change, or as many as are
                  visible if that is less. The victim still gets the whole text.
-    max_queries: how many texts an example may send. When its attack wants one more it is stopped,
-                 and the example has survived, unchanged, whatever the last texts showed.
+    max_queries: how many different texts may be sent for an example, its original included. An
+                 attack that wants one more is stopped; then the example has survived, unchanged.
     name:        Result.attack, by default the method's own name
 
     Each example has its own random stream, seeded with (seed, index): a result depends neither on
-    batch_size nor on the other examples. Raises ValueError when the victim's output is not a
-    probability per class, its labels are not one per class, y is not one of its classes, or a text
-    does not get a list of synonyms for each word. Warns if no word of any text could change.
+    batch_size nor on the other examples. Raises ValueError when a number above is less than 1, the
+    victim's output is not a probability per class, its labels are not one per class, y is not one
+    of its classes, or a text does not get a list of synonyms for each word. Warns if no word of any
+    text could change.
     """
     limits = batch_size, in_flight, max_words, max_queries
     if any(limit is not None and limit < 1 for limit in limits):
@@ -220,7 +221,7 @@ class OutOfQueries(Exception):
 
 
 class Running:
-    """An example under attack: what of its text may change, and how far its round of texts is."""
+    """An example under attack: the words that may change, and the texts its attack waits for."""
 
     def __init__(self, text, victim, max_words):
         *self.premise, changeable = [text] if isinstance(text, str) else text  # [] of a single text
@@ -238,13 +239,13 @@ class Running:
         return (*self.premise, text) if self.premise else text
 
     def begin(self, wanted):
-        """Start a round with the texts (tuples of words) that the attack wants."""
+        """Start a round: the texts (tuples of words) that the attack wants to see scored."""
         self.wanted, self.asked = iter(wanted), []  # asked: digests of the texts taken from wanted
         self.complete = self.spent = False  # spent: the next new text would exceed max_queries
 
 
 def attack_one(example, index, y, victim, method, synonyms, seed, name):
-    """One example from its original text to its Result: a generator like the attack it runs."""
+    """Attacks one example and returns its Result: a generator, like the attack that it runs."""
     words, everything = example.words, example.words + example.rest
     P_x = yield [words]
     y = class_of(y, index, getattr(victim, "labels", None), P_x.shape[1])
@@ -290,8 +291,9 @@ def class_of(y, index, labels, C):
 def ask(victim, running, batch_size, max_queries):
     """Take up to four batches of new texts from each example and remember the victim's answers.
 
-    Texts of similar length share a batch (little padding). A round is taken in pieces because all
-    its texts at once would hold about n^2 words; an asked text leaves only a 16-byte digest.
+    Texts of similar length share a batch (little padding). A round of an example of n words has n
+    texts or more, n^2 words in all. To save memory they are made a few at a time, and of each only
+    a 16-byte digest and the answer are kept.
     """
     key = getattr(victim, "key", None)
     new = []  # (example, digest, text)
@@ -324,7 +326,7 @@ def ask(victim, running, batch_size, max_queries):
 
 def check_probabilities(P, N):
     """A victim's answer to N texts as a float64 array (N, C), from list, numpy or torch. ValueError
-    unless C >= 2 and rows are finite, not negative and sum to 1 within 1e-2 (as in bfloat16)."""
+    unless C >= 2 and each row is finite, not negative and sums to 1 (within 1e-2, for bfloat16)."""
     right = f"expected class probabilities of shape ({N}, C), C >= 2, one row per text"
     if isinstance(P, torch.Tensor):
         P = P.detach().to("cpu", torch.float64)
@@ -407,7 +409,7 @@ class CausalLM:
         ids = []
         for window in windows:
             tokens = self.tokenizer(" ".join(window), add_special_tokens=False)["input_ids"]
-            ids.append(torch.tensor(first + tokens[-fit:] or [0]))  # a single token scores 0
+            ids.append(torch.tensor(first + tokens[-fit:] or [0]))  # not empty; one token scores 0
         order = sorted(range(len(ids)), key=lambda k: len(ids[k]))
         log_p = np.zeros(len(ids))
         for start in range(0, len(order), self.batch_size):
@@ -424,10 +426,10 @@ class CausalLM:
 def read_lm_scores(path, sentences=None, task=""):
     """Published scores: {lower-cased sentence: {position: {lower-cased word: log p}}}.
 
-    path: a .txt, or a .zip or folder that holds one; of several, the one named after `task`. A line
-    `index TAB sentence` opens a sentence; lines `index TAB position TAB word TAB score` follow, for
-    the original word and its candidates. Only `sentences` (lower-cased), if given, are kept: all of
-    IMDB takes gigabytes. Raises ValueError that names file, line and value, OSError or
+    path: a .txt, or a .zip or folder that holds one; of several, the one with `task` in its name. A
+    line `index TAB sentence` opens a sentence; lines `index TAB position TAB word TAB score` follow
+    for the original word and its candidates. Only `sentences` (lower-cased), if given, are kept:
+    all of IMDB takes gigabytes. Raises ValueError that names file, line and value, OSError or
     zipfile.BadZipFile where the file cannot be read.
     """
     path = Path(path)
@@ -456,7 +458,7 @@ def read_lm_scores(path, sentences=None, task=""):
                 if line_index != index or not 0 <= int(position) < n:
                     raise ValueError
                 of_sentence.setdefault(int(position), {})[word] = float(score)
-            except ValueError:  # also wrong utf-8, a wrong number of fields, no number
+            except ValueError:  # also bytes that are not UTF-8, too few or many fields, no number
                 raise ValueError(f"{files[0]}, line {number}: {line[:80]!r} should be 'index TAB "
                                  "sentence', or 'index TAB position TAB word TAB score' for a word "
                                  "of the sentence above it") from None

@@ -51,7 +51,7 @@ DAMAGE = (EOFError, RuntimeError, zlib.error, gzip.BadGzipFile, shutil.ReadError
 
 @contextmanager
 def reading(path):
-    """Turns what missing or damaged files and bytes that are not UTF-8 raise into an InputError."""
+    """In a `with` block, a file that is missing, damaged or not UTF-8 raises InputError."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -65,7 +65,7 @@ def reading(path):
 
 @contextmanager
 def writing(path):
-    """Turns what a full disk, a read-only folder and the like raise into an InputError."""
+    """In a `with` block, a full disk, a read-only folder and the like raise InputError."""
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
@@ -76,7 +76,7 @@ def writing(path):
 @contextmanager
 def replacing(path):
     """Yields a temporary path. The file or folder written there is renamed to `path` if all goes
-    well, otherwise removed. A folder that exists already stays."""
+    well, otherwise removed. A folder that is at `path` already stays as it is."""
     tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with writing(path):
@@ -85,7 +85,7 @@ def replacing(path):
             try:
                 os.replace(tmp, path)
             except OSError:
-                if not (tmp.is_dir() and path.is_dir()):  # otherwise another process was quicker
+                if not (tmp.is_dir() and path.is_dir()):  # two folders: another process made one
                     raise
     finally:
         with suppress(OSError):  # it was never made, or its folder is read-only now
@@ -104,7 +104,7 @@ def write_atomically(path, content):
 
 
 def read_json(path):
-    """The JSON object in a file that write_json wrote, a dict."""
+    """The JSON object in a file, a dict. Raises InputError if the file holds anything else."""
     with reading(path):
         content = Path(path).read_bytes()
     with suppress(ValueError):
@@ -184,8 +184,8 @@ def cache_dir():
 
 
 def cached(name, compute, again):
-    """compute(), a JSON-able value, or what it was last time, from the file `name` in the cache.
-    again: what the next start has to do again if the cache cannot be written."""
+    """The value of compute(), JSON-able, or what it was last time, from the file `name` in the
+    cache. again: what is done anew if the cache cannot be written, for the message: "tokenize"."""
     with suppress(OSError, ValueError):  # not there yet, or damaged
         return json.loads((cache_dir() / name).read_bytes())
     value = compute()
@@ -215,8 +215,9 @@ def locate(name, data_dir=None):
 
 
 def download(url, path, md5=None, tries=4, pause=1.0, timeout=30.0):
-    """Fetches url to path. What fails is tried again from the start, `tries` times in all, after
-    pause, 2 pause, 4 pause .. seconds. The error says where to put the file by hand."""
+    """Fetches url to path. A download that fails starts again, `tries` times in all, after pause,
+    2 pause, 4 pause .. seconds; timeout: seconds without an answer. The error says where to put the
+    file by hand."""
     request = urllib.request.Request(url, headers={"User-Agent": "rift"})
     with replacing(Path(path)) as tmp:
         for attempt in range(tries):
@@ -258,10 +259,10 @@ def unpack(path):
         if folder.is_dir():
             return folder
         if path.suffix == ".gz":
-            gzip.decompress(content)  # only its end shows whether an archive was cut or altered
+            gzip.decompress(content)  # raises if the archive was cut, or altered: a wrong checksum
     with replacing(folder) as tmp:
         tmp.mkdir()
-        options = {"filter": plain} if path.suffix == ".gz" else {}  # a .zip has no links
+        options = {"filter": plain} if path.suffix == ".gz" else {}  # a .zip makes no links
         try:
             shutil.unpack_archive(path, tmp, **options)
         except DAMAGE as error:
@@ -300,7 +301,7 @@ def prepare_nltk(data_dir=None, wordnet=False):
 # ---- Words ---------------------------------------------------------------------------------------
 WORKER = ("import json, sys, nltk; "
           "json.dump([nltk.word_tokenize(text) for text in json.load(sys.stdin)], sys.stdout)")
-MANY_TEXTS = 5000  # from here on tokenizing is shared out to all cores
+MANY_TEXTS = 5000  # so many texts, or more, are shared out to all cores
 
 # Pieces of contractions, as word_tokenize splits them: ca n't, she 'll; sometimes ' ll.
 CONTRACTIONS = {"n't", "'ll", "'re", "'ve", "'d", "'m", "'s"}
@@ -308,15 +309,15 @@ BEFORE_NOT, AFTER_APOSTROPHE = {"ca", "wo", "sha", "ai"}, {"ll", "re", "ve", "d"
 
 
 def clean(text):
-    """A raw text as it is tokenized: breaks are spaces, don’t (also with U+02BC, U+00B4 or a
-    backtick) is don't, and half of a surrogate pair, which cannot be printed, is "?"."""
+    """A raw text made ready to be split: <br /> becomes a space, don’t (also with U+02BC, U+00B4 or
+    a backtick) becomes don't, and half a surrogate pair, which cannot be printed, becomes "?"."""
     text = text.replace("<br />", " ").encode("utf-8", "replace").decode()
     return re.sub(r"[’ʼ´`](?<=[^\W\d_].)(?=[^\W\d_])", "'", text)  # a letter before and after
 
 
 def words_of(text):
-    """The list of words of a raw text: nltk.word_tokenize, then lower case. None is empty or holds
-    white space. Call prepare_nltk first (LookupError otherwise)."""
+    """The list of words of a raw text: nltk.word_tokenize, then lower case. No word is empty or has
+    white space in it. Call prepare_nltk first (LookupError otherwise)."""
     return [word.lower() for word in nltk.word_tokenize(clean(text))]
 
 
@@ -372,7 +373,7 @@ def from_text(text):
 
 def substitutes(words, table):
     """The substitutes of each of a text's n words: a list of n lists, empty where there are none.
-    Pieces of contractions have none, because they are no words: `ca` is one before `n't` only.
+    Pieces of contractions have none, because they are no words; `ca` is a piece only before `n't`.
     table: {word: list of words}"""
     out = []
     for before, word, after in zip(("", *words), words, (*words[1:], "")):
@@ -383,7 +384,7 @@ def substitutes(words, table):
 
 
 # ---- Tasks ---------------------------------------------------------------------------------------
-# words: one or two texts, each a tuple of words; only the last one may be changed. y: the class
+# words: one or two texts, each a tuple of words; only the last may be changed. y: the class, an int
 Example = namedtuple("Example", "words y")
 # labels: the names of classes 0, 1 ..; train, dev, test: lists of Example; fingerprint: of it all
 Task = namedtuple("Task", "name labels train dev test fingerprint")
@@ -429,18 +430,18 @@ def choose(splits, labels, sizes, split_seed, where):
         y = np.array([y for _, y in raw])
         pools[split] = [rngs[split].permutation(np.flatnonzero(y == c)) for c in range(len(labels))]
     if "dev" not in splits:
-        # dev is the front, and train is drawn from the end: it does not depend on the size of dev
+        # dev has the first of a pool, a smaller train the last: it hardly depends on dev's size
         total = len(splits["train"])
         counts = [max(1, len(pool) * min(1000, total // 10) // total) for pool in pools["train"]]
         if sizes["dev"] is not None:
             counts = map(len, balanced(pools["train"], sizes["dev"], labels, f"{where}: dev"))
-        halves = [np.split(pool, [n]) for pool, n in zip(pools["train"], counts)]
-        pools["dev"], rest = zip(*halves)
+        parts = [np.split(pool, [n]) for pool, n in zip(pools["train"], counts)]
+        pools["dev"], rest = zip(*parts)
         # texts that differ only in case or space have the same words
-        same = [" \t ".join(" ".join(clean(text).lower().split()) for text in texts)
-                for texts, _ in splits["train"]]
-        in_dev = {same[i] for pool in pools["dev"] for i in pool}
-        pools["train"] = [[i for i in pool if same[i] not in in_dev] for pool in rest]
+        plain = [" \t ".join(" ".join(clean(text).lower().split()) for text in texts)
+                 for texts, _ in splits["train"]]
+        in_dev = {plain[i] for pool in pools["dev"] for i in pool}
+        pools["train"] = [[i for i in pool if plain[i] not in in_dev] for pool in rest]
         splits = splits | {"dev": splits["train"]}
     chosen = {}
     for split, size in sizes.items():
@@ -454,7 +455,7 @@ def choose(splits, labels, sizes, split_seed, where):
 
 
 def balanced(pools, size, labels, where):
-    """The last size // C of each of C classes' pools, or all if size is None."""
+    """The last size // C numbers of each of the C pools, one for a class; all if size is None."""
     if size is None:
         return pools
     n = size // len(pools)
@@ -557,7 +558,7 @@ def read_folder(path):
             if row[0].strip() not in labels:
                 raise InputError(f"{at}: label {row[0]!r} does not occur in train.tsv")
         if len(labels) < 2:
-            raise InputError(f"{where}: only one class, {labels[0]!r}; at least 2 are needed")
+            raise InputError(f"{where}: only one class, {labels[0]!r}; wanted at least 2")
         splits[split] = [(tuple(texts), labels.index(label.strip())) for label, *texts in rows]
     return labels, splits
 
@@ -565,7 +566,8 @@ def read_folder(path):
 # ---- Substitution tables: lower-case word -> list of lower-case words ----------------------------
 PUBLISHED_TABLE = ("https://raw.githubusercontent.com/robinjia/certified-word-sub/master/data/"
                    "counterfitted_neighbors.json")
-# Pronouns, auxiliaries, determiners, prepositions, conjunctions.
+# Function words, which get no WordNet synonyms: pronouns, auxiliaries, determiners, prepositions,
+# conjunctions.
 CLOSED_CLASS = set("""
     i me my mine myself we us our ours ourselves you your yours yourself yourselves he him his
     himself she her hers herself it its itself they them their theirs themselves one oneself who
@@ -581,8 +583,8 @@ CLOSED_CLASS = set("""
 
 
 def find_neighbors(source=None, data_dir=None):
-    """The Path of a substitution table, looked for in data_dir first, or "wordnet": a quick check
-    before anything is computed. source: as for load_neighbors."""
+    """The Path of a substitution table, looked for in data_dir first, or "wordnet". A quick check
+    that it is there, before anything is computed. source: as for load_neighbors."""
     if source == "wordnet":
         prepare_nltk(data_dir, wordnet=True)
         return source
@@ -624,7 +626,7 @@ def read_neighbors(path):
         if joined.lower().split() != others:
             raise InputError(f"{path}: {word!r} maps to {str(others)[:200]}, wanted a list of "
                              f"single lower-case words")
-    # other keys, of which the published table has some, are no word of a text and never match
+    # the published table also has keys that are not one word of a text: they would never match
     return {word: others for word, others in items if clean(word).lower().split() == [word]}
 
 
@@ -717,12 +719,13 @@ def read_vectors(path, wanted):
 
 # ---- Words to tokens -----------------------------------------------------------------------------
 def check_tokenizer(tokenizer, where):
-    """Raises InputError if the tokenizer knows none of the words the, a and film: its files are
-    missing, and every text would be [UNK] only. where: the model's name, for the message."""
+    """Raises InputError if the tokenizer knows none of the words "the", "a" and "film": then its
+    files are missing, and a text would be nothing but [UNK]. where: names the model in the message.
+    """
     pieces = tokenizer(["the", "a", "film"], add_special_tokens=False)["input_ids"]
     if {piece for word in pieces for piece in word} <= {tokenizer.unk_token_id}:
-        raise InputError(f"{where}: its tokenizer knows none of the words the, a and film; wanted "
-                         f"the model's tokenizer.json or vocabulary beside its weights")
+        raise InputError(f"{where}: its tokenizer knows none of the words 'the', 'a' and 'film'; "
+                         f"wanted the model's tokenizer.json or vocabulary beside its weights")
 
 
 class Vocabulary:
@@ -731,8 +734,8 @@ class Vocabulary:
     tokenizer: a Hugging Face tokenizer. max_len: longest input in tokens, special tokens included.
     neighbors: a substitution table. unknown: what a word outside the vocabulary becomes, "piece"
     (the first piece that the tokenizer gives for it) or "unk". max_candidates: of a position, the
-    word itself included. No text becomes a special token, whatever is written in it, except [UNK]
-    for what has no token at all.
+    word itself included. No word becomes a special token, even one written "[SEP]"; only a word
+    without any token becomes [UNK].
     """
 
     def __init__(self, tokenizer, max_len, neighbors=None, unknown="piece", max_candidates=10):
@@ -774,7 +777,7 @@ class Vocabulary:
 
     def candidate_words(self, word):
         """The word, then its substitutes in the table's order, at most max_candidates in all. Of
-        words with one token only the first is a candidate."""
+        words that share a token only the first is a candidate."""
         first = {}  # token -> the first word that has it
         for other in (word, *self.neighbors.get(word, ())):
             first.setdefault(self.token(other), other)
@@ -785,9 +788,9 @@ class Vocabulary:
         return tuple(map(self.token, self.candidate_words(word)))
 
     def visible(self, words):
-        """The words that fit into max_len: the first ones; of a pair the premise, then what fits of
-        the hypothesis."""
-        room = self.max_len - 1 - len(words)  # without [CLS], and a [SEP] after each text
+        """The words of an example that fit into max_len: the first ones; of a pair the premise,
+        then the first ones of the hypothesis."""
+        room = self.max_len - 1 - len(words)  # for words: [CLS] and a [SEP] for each text are off
         kept = []
         for text in words:
             kept.append(tuple(text[:room]))
@@ -802,8 +805,8 @@ class Vocabulary:
         return ids
 
     def substitute(self, words, choice):
-        """The words with candidate choice[l] at every position l of encode()'s row for them.
-        choice: (L,) ints."""
+        """The words of an example, with candidate choice[l] put at every position l of its row in
+        encode(). choice: (L,) ints."""
         *premise, last = self.visible(words)
         first = 1 + sum(len(text) + 1 for text in premise)  # after [CLS], the premise and its [SEP]
         choice = choice[first : first + len(last)]
@@ -813,10 +816,10 @@ class Vocabulary:
     def encode(self, batch, hull=False):
         """The words of B examples as tensors, padded to the longest of them (L).
 
-        input_ids, attention_mask (B, L) int64. With hull also subs (B, L, K) int64 and subs_mask
-        (B, L, K) bool, True where there is a candidate. K: the most candidates of any position in
-        this batch. Candidate 0 is the position's own token; special tokens, padding, premises and
-        words without substitutes have only that.
+        input_ids, attention_mask (B, L) int64. With hull also subs (B, L, K) int64, the candidates'
+        tokens, and subs_mask (B, L, K) bool, True where there is a candidate. K: the most
+        candidates of any position in this batch. Candidate 0 is the position's own token; special
+        tokens, padding, premises and words without substitutes have only that.
         """
         rows = [self.input_ids(words) for words in batch]
         lengths = np.array([[len(row)] for row in rows])
@@ -850,8 +853,8 @@ def balanced_batches(y, lengths, batch_size, rng, window=50):
     y, lengths: class and length of each example. batch_size: rounded down to a multiple of the
     number of classes. rng: numpy Generator. No example comes twice. The epoch ends when the
     smallest class is used up (a last, smaller batch is kept if it has 2 of each); the surplus of
-    larger classes is drawn anew each epoch. Within a window of that many batches, examples of
-    similar length meet, which saves padding; within a batch a class is in random order.
+    larger classes is drawn anew each epoch. Within every `window` batches, examples of similar
+    length share a batch, which saves padding; within a batch a class is in random order.
     """
     y, lengths = np.asarray(y), np.asarray(lengths)
     classes, sizes = np.unique(y, return_counts=True)
@@ -860,7 +863,7 @@ def balanced_batches(y, lengths, batch_size, rng, window=50):
         raise InputError(f"batches of {batch_size} from classes of {sizes.tolist()} examples: "
                          f"wanted at least 2 classes and 2 examples of each in a batch")
     full, rest = divmod(int(sizes.min()), per)
-    columns = []  # for each class its part of every batch
+    columns = []  # for each class a list: its part of every batch
     for c in classes:
         shuffled = rng.permutation(np.flatnonzero(y == c))
         parts = []
@@ -870,7 +873,8 @@ def balanced_batches(y, lengths, batch_size, rng, window=50):
         columns.append(parts + [shuffled[full * per : full * per + rest]] * (rest >= 2))
     batches = list(zip(*columns))
     order = rng.permutation(len(batches))
-    # what several processes cannot share equally should not always be a class's longest texts
+    # of a class that several processes cannot share equally the last texts are left out: these
+    # should not always be the longest
     return [np.concatenate([rng.permutation(part) for part in batches[i]]) for i in order]
 
 
@@ -916,16 +920,16 @@ TOY_OTHERS = {slot: [concept.split() for concept in concepts.split("|")] for slo
 }.items()}
 TOY_CLAUSES = ["the {noun} was {adverb} {adjective}", "{adverb} {adjective} {noun}"]
 TOY_OPINION = "{people} {verb} the {description} {noun}"
-TOY_SEEN = 5  # of the aspects, how many labelled texts speak of
-TOY_DRAW = 1  # of three draws of the texts; like the grammar, chosen to show the mechanism
+TOY_SEEN = 5  # the labelled texts speak of so many aspects, the first ones
+TOY_DRAW = 1  # one of three draws of the texts, chosen, like the grammar, to show the mechanism
 
 
 def toy_review(rng, y, lean=0.0, labelled=False):
     """One review of class y (0 blame, 1 praise), a str. rng: random.Random.
 
     lean: how often a neutral concept takes one of its first two words for praise, one of its last
-    two for blame: a shortcut that says nothing about sentiment. labelled: a training text, which
-    takes the sentiment words from the first two of their concept, the aspects from the first
+    two for blame: a shortcut that says nothing about sentiment. labelled: a text of train or dev,
+    which takes the sentiment words from the first two of their concept, the aspects from the first
     TOY_SEEN, the verbs from the first concept.
     """
     def neutral(concept):
@@ -960,8 +964,8 @@ def toy_neighbors():
 
 
 def toy_splits(sizes, split_seed):
-    """{"train", "dev", "test": [Example, ..]}. Train and dev are about the seen aspects and lean
-    (0.8); test has all aspects and sentiment words and leans a little less (0.75).
+    """{"train", "dev", "test": [Example, ..]}. Train and dev are labelled texts and lean (0.8, see
+    toy_review); test has all aspects and sentiment words and leans a little less (0.75).
     sizes: {split: n}, n rounded down to an even number; None is TOY_SIZES's."""
     splits = {}
     for split, lean in (("train", 0.8), ("dev", 0.8), ("test", 0.75)):

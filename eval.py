@@ -26,7 +26,6 @@ import argparse
 import csv
 import dataclasses
 import functools
-import hashlib
 import inspect
 import io
 import itertools
@@ -50,7 +49,7 @@ import rift
 from data import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Settings in which two runs may differ and still be the same but for the seed.
+# Runs that differ only in these settings are runs of the same experiment.
 INCIDENTAL = ("seed", "data_dir", "device", "eval_batch_size")
 
 
@@ -58,14 +57,14 @@ INCIDENTAL = ("seed", "data_dir", "device", "eval_batch_size")
 
 
 def number(kind, low, high=math.inf, above=False):
-    """A type for argparse: a finite int or float from low to high; `above`: above low."""
+    """A type for argparse: a finite int or float from low to high; with `above`, not low itself."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        high_enough = value > low if above else value >= low
-        if not (high_enough and value <= high and math.isfinite(value)):
+        not_too_low = value > low if above else value >= low
+        if not (not_too_low and value <= high and math.isfinite(value)):
             raise argparse.ArgumentTypeError(
                 f"{text!r} has to be {'an integer' if kind is int else 'a number'} "
                 f"{'above' if above else 'of at least'} {low:g}"
@@ -80,7 +79,8 @@ def first_line(error):
 
 
 def pick_device(name=None):
-    """The device of this name, else a GPU if there is one. Raises InputError if it is not there."""
+    """The device of this name; without a name a GPU, or the CPU where there is none. Raises
+    InputError for a device that this machine does not have."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
@@ -103,7 +103,7 @@ def pick_precision(name, device):
 def model_folder(name):
     """The folder of a model: the one named, else the hub's in the local cache, else downloaded.
 
-    What is cached is used as it is, without asking the hub. Raises InputError if there is none.
+    A cached model is used as it is, without asking the hub. Raises InputError where there is none.
     """
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
@@ -111,26 +111,23 @@ def model_folder(name):
         raise InputError(f"model {name}: no such folder")
     # the files at the top of the repository, not those of other formats
     files = dict(allow_patterns=["*.json", "*.txt", "*.safetensors"], ignore_patterns=["*/*"])
-    try:
-        folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True, **files))
-        if list(folder.glob("*.safetensors")) and list(folder.glob("*vocab*")) + list(
-                folder.glob("tokenizer.json")):
-            return folder
-    except Exception:                       # not cached, or only in part
-        pass
-    try:
-        return Path(huggingface_hub.snapshot_download(name, **files))
-    except Exception as error:              # the network can fail in many ways
-        raise InputError(f"model {name}: neither a folder nor a model that the hub gives "
-                         f"({first_line(error)})") from None
+    for local in (True, False):             # the cache first
+        try:
+            folder = Path(huggingface_hub.snapshot_download(name, local_files_only=local, **files))
+            tokenizer = [*folder.glob("*vocab*"), *folder.glob("tokenizer.json")]
+            if not local or (tokenizer and list(folder.glob("*.safetensors"))):
+                return folder
+        except Exception as error:          # not cached; or the network, which fails in many ways
+            problem = first_line(error)
+    raise InputError(f"model {name}: neither a folder nor a model that the hub gives ({problem})")
 
 
 def load_encoder(name_or_dir, complete=False):
-    """A BERT or RoBERTa encoder and its tokenizer: in float32, from safetensors, no remote code.
+    """(encoder, tokenizer): a BERT or RoBERTa in float32, from safetensors, without remote code.
 
-    name_or_dir: a name on the hub or a folder; complete: also the pooler has to be there, otherwise
-    one that was never pre-trained (RoBERTa's) starts at random. Returns (encoder, tokenizer).
-    Raises InputError where files are missing, damaged, of another kind of model, or of two models.
+    name_or_dir: a name on the hub or a folder; complete: a missing pooler is an error; otherwise it
+    starts at random, because RoBERTa's was never pre-trained. Raises InputError where files are
+    missing, damaged, of another kind of model, or of two models.
     """
     folder, where = model_folder(name_or_dir), f"model {name_or_dir}"
     config = data.read_json(folder / "config.json")
@@ -149,7 +146,7 @@ def load_encoder(name_or_dir, complete=False):
         encoder, info = AutoModel.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True, **load)
-    except Exception as error:              # a damaged folder makes the library raise all kinds
+    except Exception as error:              # the library raises many kinds for a damaged folder
         raise InputError(f"{where}: cannot be loaded ({first_line(error)})") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **load)
@@ -190,11 +187,11 @@ class Victim:
 
     def __init__(self, model, vocabulary, batch_size=64, precision="fp32", labels=None, parts=1):
         self.model, self.vocabulary, self.batch_size = model, vocabulary, batch_size
-        self.dtype, self.labels, self.parts = DTYPES[precision], labels, parts
-        self.device = model.encoder.device
+        self.precision, self.labels, self.parts = precision, labels, parts
+        self.device, self.dtype = model.encoder.device, DTYPES[precision]
 
     def words(self, text):
-        """A text, or a pair, as its words; ValueError if it is not what this model reads."""
+        """A text, or a pair, as Example.words; ValueError if it is not what this model reads."""
         strings = [text] if isinstance(text, str) else text
         if not isinstance(strings, (list, tuple)) or len(strings) != self.parts or not all(
                 isinstance(string, str) for string in strings):
@@ -205,7 +202,8 @@ class Victim:
     def batches(self, texts, hull=False, bar=None):
         """Yields (rows, encoded batch on the device), texts of similar length together.
 
-        texts: N texts as words; bar: the progress bar's name, without one there is no bar.
+        texts: N texts as words, see data.Example; hull: also the candidates, see
+        data.Vocabulary.encode; bar: the name of a progress bar, without one there is no bar.
         """
         lengths = [sum(map(len, text)) for text in texts]
         batches = data.batches_by_length(lengths, self.batch_size)
@@ -215,9 +213,9 @@ class Victim:
 
     @torch.no_grad()
     def features(self, texts, encoder=None, bar=None):
-        """S = F_s(x), or another encoder's features, dropout off. texts: N texts as words.
+        """S = F_s(x), (N, H) float32, or another encoder's features; dropout is off.
 
-        Returns (N, H) float32.
+        texts: N texts as words; bar: see batches().
         """
         encoder = encoder or self.model.encoder
         S = torch.empty(len(texts), encoder.config.hidden_size, device=self.device)
@@ -230,7 +228,7 @@ class Victim:
 
     @torch.no_grad()
     def probabilities(self, S):
-        """q(.|s) for features S (N, H). Returns a (N, C) float32 array."""
+        """q(.|s), a (N, C) float32 array, for features S (N, H)."""
         return torch.softmax(self.model.head(S), -1).cpu().numpy()
 
     def __call__(self, texts):
@@ -248,7 +246,10 @@ class Victim:
 
 
 def settings_of(folder):
-    """The settings of a run, as attributes, and all of its config.json. Raises InputError."""
+    """(settings, config): a run's settings as attributes, and all of its config.json, a dict.
+
+    Raises InputError for a folder that holds no run.
+    """
     path = Path(folder) / "config.json"
     config = data.read_json(path)
     if not {"settings", "labels", "fingerprints", "parts"} <= config.keys():
@@ -259,9 +260,9 @@ def settings_of(folder):
 def load_run(folder, device=None, precision=None, batch_size=64, table=None):
     """The finished run in a folder, as a Victim.
 
-    device, precision: by default a GPU if there is one, and the run's own; table: a substitution
-    table in place of the run's. Raises InputError for a folder without a finished run, or whose
-    files do not fit together.
+    device: by default a GPU if there is one; precision: by default the run's own; table: a
+    substitution table in place of the run's. Raises InputError for a folder without a finished run,
+    or whose files do not fit together.
     """
     folder = Path(folder)
     s, config = settings_of(folder)
@@ -320,12 +321,12 @@ def search_settings(s):
 
 
 def hull_attack(victim, examples, *, seed=0, bar=None, **search):
-    """The quick robust accuracy: the adversary in the hull, with the label, made discrete.
+    """Attacks by the adversary in the hull, told the label and made discrete: a quick test.
 
     examples: N data.Example; each starts from its own noise, seeded with (seed, its place in the
     list), so that in fp32 nothing depends on the batches. search: see search_settings().
-    Returns predictions (N,) int64 on the adversarial texts, these texts as words, and their
-    features (N, H).
+    Returns (predictions, texts, S): the classes predicted for the adversarial texts, (N,) int64;
+    these texts as words; their features (N, H).
     """
     vocabulary, encoder, pooling = victim.vocabulary, victim.model.encoder, victim.model.pooling
     texts = [vocabulary.visible(x.words) for x in examples]
@@ -333,7 +334,7 @@ def hull_attack(victim, examples, *, seed=0, bar=None, **search):
     adversarial = [None] * len(texts)
     S = torch.empty(len(texts), encoder.config.hidden_size, device=victim.device)
 
-    def start(i):
+    def start(i):                                       # v of example i, (max_len, candidates)
         generator = torch.Generator().manual_seed(data.seed_of(seed, i))
         shape = vocabulary.max_len, vocabulary.max_candidates
         return rift.noise(shape, vocabulary.max_len, generator)
@@ -367,15 +368,15 @@ def wilson(successes, n, z=1.96):
 def bootstrap(statistic, *groups, draws=10_000, seed=0):
     """A statistic of runs that saw the same N texts, and its 95% bootstrap interval.
 
-    groups: (R, N) or (R, N, M) arrays, of R runs each; statistic: callable, takes each group's mean
-    over runs and texts for D draws, (D,) or (D, M), and returns (D,). Texts are resampled, and runs
-    too if every group has several (a single run cannot say how much runs differ).
+    groups: arrays (R, N) or (R, N, M), M numbers a text, of R runs each; statistic: a function of
+    each group's mean over runs and texts in D draws, (D,) or (D, M), that returns (D,). Texts are
+    resampled, and runs too if every group has several: one run does not show how much runs differ.
     Returns (value, low, high).
     """
     groups = [np.asarray(x, float) for x in groups]
     rng, N = np.random.default_rng(seed), groups[0].shape[1]
     several = all(len(x) > 1 for x in groups)
-    values, D = [], 100                                 # in parts: draws x N numbers may be many
+    values, D = [], 100                                 # D draws at a time, to save memory
     for _ in range(draws // D):
         texts, means = rng.integers(N, size=(D, N)), []
         for x in groups:
@@ -407,7 +408,7 @@ class Plan:
     task: data.Task
     chosen: dict            # {index in the split: data.Example}, the same for every run and attack
     settings: dict          # what the choice depends on
-    wordnet: dict           # the table of pwws-wordnet
+    wordnet: dict           # the table of pwws-wordnet; None where it is not asked for
     allowed: object         # the constraint: (index, words, synonyms) -> synonyms, for genetic
 
 
@@ -423,7 +424,7 @@ class Evaluation:
 
 
 def make_plan(s, args):
-    """The Plan for the runs on the data that settings s name. Raises InputError."""
+    """The Plan for all runs that have the data of settings s. Raises InputError."""
     data_dir, task = args.data_dir or s.data_dir, open_task(s, args.data_dir)
     examples = getattr(task, args.split)
     wordnet = open_table(s, task, "wordnet", data_dir) if "pwws-wordnet" in args.attacks else None
@@ -475,27 +476,28 @@ def attack_settings(name, s, args):
     if name == "hull":
         return search_settings(s)
     parameters = inspect.signature(ATTACKS[name]).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    defaults.pop("rng", None)
-    return {key: getattr(args, key, default) for key, default in defaults.items()}
+    return {p.name: getattr(args, p.name, p.default) for p in parameters
+            if p.default is not p.empty and p.name != "rng"}
 
 
 def run_attack(name, settings, victim, table, plan, texts, pending, args):
     """Yields an attacks.Result for each pending example as it is finished.
 
-    texts: {index: text} of the chosen examples; pending: some of these indices.
+    settings: the attack's keyword arguments; table: its substitution table; texts: {index: text} of
+    the chosen examples; pending: those of these indices that are to be attacked.
     """
-    if name == "hull":      # all together, in the same batches whatever is pending
+    if name == "hull":      # re-run all, so that the batches are always the same
         chosen = list(plan.chosen.values())
-        found = hull_attack(victim, chosen, seed=args.seed, bar=name, **settings)
-        for (i, x), prediction, words in zip(plan.chosen.items(), *found[:2]):
+        predictions, found, _ = hull_attack(victim, chosen, seed=args.seed, bar=name, **settings)
+        for (i, x), prediction, words in zip(plan.chosen.items(), predictions, found):
             if i in pending:
                 before = data.from_text(texts[i])[-1]
-                can = sum(map(bool, data.substitutes(before, table)))
                 yield attacks.Result(
                     i, name, x.y, texts[i], data.to_text(words), success=bool(prediction != x.y),
-                    prediction=int(prediction), queries=settings["steps"] + 1, correct=True,
-                    words_changed=sum(a != b for a, b in zip(before, words[-1])), substitutable=can)
+                    prediction=int(prediction), correct=True,
+                    words_changed=sum(a != b for a, b in zip(before, words[-1])),
+                    queries=settings["steps"] + 1,                              # forward passes
+                    substitutable=sum(map(bool, data.substitutes(before, table))))
         return
 
     def synonyms(index, words):
@@ -509,11 +511,11 @@ def run_attack(name, settings, victim, table, plan, texts, pending, args):
 
 
 def evaluate(folder, plan, args):
-    """Clean accuracy and every attack asked for on the chosen texts of one run -> Evaluation.
+    """The Evaluation of one run: clean accuracy and every attack asked for, on the chosen texts.
 
-    Writes eval.json, attacks.jsonl and, for test, the attacks' figures into metrics.json. Texts
-    that attacks.jsonl already has are not attacked again. Raises InputError if they were attacked
-    with other settings or other weights.
+    Writes eval.json, attacks.jsonl and, for the test split, the accuracy under each attack into
+    metrics.json. Texts that attacks.jsonl already has are not attacked again. Raises InputError if
+    they were attacked with other settings or other weights.
     """
     s, config = settings_of(folder)
     table = open_table(s, plan.task, args.neighbors, args.data_dir) if args.neighbors else None
@@ -523,11 +525,9 @@ def evaluate(folder, plan, args):
                          "differ)")
     tables = {name: victim.vocabulary.neighbors for name in args.attacks}
     tables["pwws-wordnet"] = plan.wordnet
-    weights = hashlib.sha256()
-    for path in (folder / "encoder" / "model.safetensors", folder / "model.safetensors"):
-        weights.update(path.read_bytes())
-    precision = {value: key for key, value in DTYPES.items()}[victim.dtype]
-    settings = {"clean": plan.settings | {"precision": precision, "weights": weights.hexdigest()}}
+    paths = folder / "encoder" / "model.safetensors", folder / "model.safetensors"
+    weights = data.fingerprint(b"".join(path.read_bytes() for path in paths))
+    settings = {"clean": plan.settings | {"precision": victim.precision, "weights": weights}}
     own = {name: attack_settings(name, s, args) for name in args.attacks}
     for name in args.attacks:
         settings[name] = settings["clean"] | own[name] | {
@@ -541,8 +541,8 @@ def evaluate(folder, plan, args):
     record = before if before.get("num_examples") == len(plan.chosen) else {}
     record |= {"num_examples": len(plan.chosen),
                "settings": before.get("settings", {}) | settings}
-    write_lines(lines_path, done)           # without a line that was cut off
-    data.write_json(eval_path, record)      # before new lines: it says what they are
+    write_lines(lines_path, done)           # drops a last line that was cut off
+    data.write_json(eval_path, record)      # first the settings, then the lines made with them
 
     texts = {i: data.to_text(victim.vocabulary.visible(x.words)) for i, x in plan.chosen.items()}
     P = attacks.check_probabilities(victim(list(texts.values())), len(texts))   # (N, C)
@@ -553,7 +553,7 @@ def evaluate(folder, plan, args):
     for name in args.attacks:
         lines = done.setdefault(name, {})
         pending = {i: None for i in attacked if i not in lines}
-        if pending:         # each line is written at once: what is finished is kept
+        if pending:         # each line is written at once, so that a stop loses no finished text
             with data.writing(lines_path), open(lines_path, "ab", buffering=0) as file:
                 for result in run_attack(name, own[name], victim, tables[name], plan, texts,
                                          pending, args):
@@ -568,11 +568,10 @@ def evaluate(folder, plan, args):
     write_lines(lines_path, done)
     data.write_json(eval_path, record)
     if args.split == "test":            # "clean" and "hull" there stay those of all test texts
-        black_box = ATTACKS.keys() - {"hull"}
-        metrics = data.read_json(folder / "metrics.json").items()
-        metrics = {key: value for key, value in metrics if key not in black_box}
-        metrics |= {name: record[name] for name in ATTACKS if name in record and name in black_box}
-        data.write_json(folder / "metrics.json", metrics)
+        metrics, black_box = data.read_json(folder / "metrics.json"), ATTACKS.keys() - {"hull"}
+        kept = {key: value for key, value in metrics.items() if key not in black_box}
+        now = {key: value for key, value in record.items() if key in black_box}
+        data.write_json(folder / "metrics.json", kept | now)
     return found
 
 
@@ -585,14 +584,15 @@ def write_lines(path, done):
 def earlier(eval_path, lines_path, settings):
     """What an earlier evaluation left: eval.json's content, and {attack: {index: line}}.
 
-    settings: {"clean" or attack: dict}, of now. Raises InputError if they differ from those of
-    then: accuracies on different terms must not be printed side by side.
+    settings: {"clean" or attack: dict}, today's. Raises InputError if the earlier ones differ:
+    accuracies under different settings must not be printed side by side.
     """
     if not eval_path.exists():
         return {}, {}
     before, done = data.read_json(eval_path), {}
     for name, then in before.get("settings", {}).items():
-        now = settings.get(name, settings["clean"])     # of an attack not asked for: what all share
+        # of an attack that is not asked for today, only what all attacks share is compared
+        now = settings.get(name, settings["clean"])
         for key in now:
             if then.get(key) != now[key]:
                 raise InputError(f"{eval_path}: holds {name} with {key} {str(then.get(key))[:40]}, "
@@ -708,8 +708,8 @@ def tradeoff_gain(reference, runs, name):
     """Robust accuracy minus a reference's at the same clean accuracy: (value, low, high).
 
     reference, runs: {beta: [run, ..]}. The reference's robust accuracy is interpolated linearly
-    between its betas' points (clean, robust), its ends are held; the difference is averaged over
-    the betas of runs. The interval is over runs and texts.
+    between its betas' points (clean, robust) and constant beyond them; the difference is averaged
+    over the betas of `runs`. The interval is over runs and texts, see bootstrap().
     """
     def both(same):                                                             # (R, N, 2)
         return np.stack([right(same, "clean"), right(same, name)], axis=-1)
@@ -768,7 +768,7 @@ def report(groups, args):
 
 
 def tradeoffs(group, names):
-    """Yields a sentence for each method with several betas that has adv beside it with several."""
+    """Yields a line for each method with several betas, its gain over adv with several betas."""
     curves = {}                                                         # {curve: {beta: [run, ..]}}
     for curve, runs in by_settings(group, "beta").items():
         points = curves.setdefault(curve, {})
@@ -794,8 +794,8 @@ def marked(original, adversarial):
 
 # ---- Figures -------------------------------------------------------------------------------------
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, with a marker each; in the order
-# of rift.METHODS, the last ones for methods to come.
+# Colour-blind safe colours (Okabe and Ito) with a marker each, in the order of rift.METHODS; the
+# last ones are for new methods.
 STYLES = [("#000000", "o"), ("#0072B2", "s"), ("#009E73", "D"), ("#CC79A7", "P"), ("#E69F00", "v"),
           ("#D55E00", "^"), ("#56B4E9", "X"), ("#999999", "*"), ("#8C510A", "h"), ("#4D4D4D", "<")]
 
@@ -803,7 +803,7 @@ STYLES = [("#000000", "o"), ("#0072B2", "s"), ("#009E73", "D"), ("#CC79A7", "P")
 def curves(runs, *free):
     """Yields (name, runs, look) for each curve, see by_settings(); look: for matplotlib's errorbar.
 
-    A method has a colour and a marker; its curves with other settings have other lines.
+    A method has one colour and marker; its curves with different settings differ in line style.
     """
     seen = Counter()
     for name, same in by_settings(runs, *free).items():
@@ -816,7 +816,11 @@ def curves(runs, *free):
 
 
 def spread(values, n=None):
-    """Mean, and the way down and up to the range over seeds, or to one run's Wilson interval."""
+    """(mean, below, above): the last two are the lengths of the error bar's halves.
+
+    values: one for each seed; the bar is their range. n: number of texts; with it the bar of a
+    single run's accuracy is its Wilson interval.
+    """
     mean = np.mean(values)
     low, high = min(values), max(values)
     if len(values) == 1 and n:
@@ -825,10 +829,12 @@ def spread(values, n=None):
 
 
 def read_finished(folder, attack, split):
-    """A finished run for the figures: run (settings), scores {"clean", attack}, n, log, kept.
+    """A finished run for the figures: run (its settings), scores {"clean", attack}, n texts, log
+    (a dict an epoch), kept (the line of the kept epoch).
 
-    The scores are eval.py's where it attacked the run, else those of training: on dev of the kept
-    epoch, on test of the whole split. Raises InputError where the attack is missing.
+    The scores are those of eval.json; a hull accuracy that is not there is the one of train.py: on
+    dev that of the kept epoch, on test that of the whole split. Raises InputError where the attack
+    is missing.
     """
     s, _ = settings_of(folder)
     metrics, log = data.read_json(folder / "metrics.json"), data.read_lines(folder / "log.jsonl")
@@ -847,9 +853,10 @@ def read_finished(folder, attack, split):
 
 
 def points_over(runs, key, measures):
-    """The points of a curve: the values of a setting, and for each measure (V, 3): spread() there.
+    """The points of a curve: the V values of a setting, and for each measure spread() at them.
 
-    Only runs that differ in nothing but the seed are averaged.
+    runs: of one curve, see curves(); key: the setting; measures: keys of scores. Returns (values,
+    [a (V, 3) array for each measure]).
     """
     values = sorted({getattr(x.run, key) for x in runs})
     at = [[x for x in runs if getattr(x.run, key) == value] for value in values]
@@ -906,8 +913,8 @@ FORGETTING = {
 
 
 def plot(folders, path, attack, split):
-    """Draws what the runs vary, tasks from top to bottom: accuracy over alpha, clean against robust
-    accuracy over beta, or else forgetting over the epochs.
+    """Draws what the runs of a task vary: accuracy over alpha, clean against robust accuracy over
+    beta; where they vary neither, forgetting over the epochs.
 
     Raises InputError where matplotlib is missing or a run lacks what is drawn.
     """
@@ -934,10 +941,8 @@ def plot(folders, path, attack, split):
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.6 * columns, 3.5 * rows + 0.3), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for ax in axes[len(panels):]:
-        ax.set_visible(False)
-    for ax, (draw, title, runs, more) in zip(axes, panels):
+    for place, (draw, title, runs, more) in enumerate(panels, 1):
+        ax = figure.add_subplot(rows, columns, place)
         draw(ax, runs, attack, **more)
         ax.grid(alpha=0.3)
         ax.set_title(title, size=10)
@@ -960,47 +965,37 @@ def parse(argv):
     p = argparse.ArgumentParser(
         prog="eval.py", description="Attack finished runs and compare them.", allow_abbrev=False,
         usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    positive = number(int, 1)
-    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that train.py wrote")
-    p.add_argument("--attacks", nargs="+", choices=ATTACKS, default=[], metavar="NAME",
-                   help=f"any of {', '.join(ATTACKS)}; without any, clean accuracy only")
-    p.add_argument("--num-examples", type=positive, default=300, metavar="N",
-                   help="texts to attack; paper: 1000, authors' code: 300")
-    p.add_argument("--split", choices=("test", "dev"), default="test",
-                   help="dev to choose anything, test to report")
-    p.add_argument("--population", type=number(int, 2), default=60, metavar="N",
-                   help="texts at once in the genetic attack")
-    p.add_argument("--generations", type=positive, default=40, metavar="N",
-                   help="steps of the genetic attack")
-    p.add_argument("--lm-constraint", metavar="SOURCE",
-                   help="what says which synonyms are likely enough for the genetic attack: none, "
-                   "scores (the published file, which only knows some texts) or a causal language "
-                   "model's name or folder; None: scores for imdb and snli, else none")
-    p.add_argument("--max-queries", type=positive, metavar="N",
-                   help="a text that would need more queries survives")
-    p.add_argument("--seed", type=number(int, 0), default=0, metavar="S",
-                   help="of the choice of texts and of the attacks")
-    p.add_argument("--batch-size", type=positive, default=64, metavar="N",
-                   help="texts in one forward pass, for speed only")
-    p.add_argument("--data-dir", metavar="DIR",
-                   help="where archives and tables are; None: where the run found them")
-    p.add_argument("--neighbors", metavar="FILE",
-                   help="substitution table: vectors (.txt, .zip), a table (.json) or wordnet; "
-                   "None: the run's own")
-    p.add_argument("--device", metavar="NAME", help="cpu, cuda:0, ..; None: a GPU if there is one")
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16"),
-                   help="of the encoder; None: the run's own")
-    p.add_argument("--overwrite", action="store_true",
-                   help="forget earlier attacks on these runs and this split")
-    p.add_argument("--show", type=number(int, 0), default=2, metavar="N",
-                   help="adversarial texts printed for each run and attack")
-    p.add_argument("--csv", type=Path, metavar="FILE",
-                   help="write the original and adversarial texts")
-    p.add_argument("--plot", type=Path, metavar="FILE",
-                   help="draw what the runs vary: accuracy over alpha, clean against robust "
-                   "accuracy over beta, or forgetting; without --attacks nothing is attacked")
-    p.add_argument("--plot-attack", choices=ATTACKS, default="hull", metavar="NAME",
-                   help="whose robust accuracy --plot draws")
+    flag, positive = p.add_argument, number(int, 1)
+    flag("runs", nargs="+", type=Path, metavar="RUN", help="folders that train.py wrote")
+    flag("--attacks", nargs="+", choices=ATTACKS, default=[], metavar="NAME",
+         help=f"any of {', '.join(ATTACKS)}; without any, clean accuracy only")
+    flag("--num-examples", type=positive, default=300, metavar="N",
+         help="texts to attack; paper: 1000, authors' code: 300")
+    flag("--split", choices=("test", "dev"), default="test", help="dev to choose, test to report")
+    flag("--population", type=number(int, 2), default=60, metavar="N", help="of the genetic attack")
+    flag("--generations", type=positive, default=40, metavar="N", help="of the genetic attack")
+    flag("--lm-constraint", metavar="SOURCE", help="judges which synonyms the genetic attack may "
+         "use: none, scores (the published file, which knows only some texts) or a causal language "
+         "model's name or folder; None: scores for imdb and snli, else none")
+    flag("--max-queries", type=positive, metavar="N", help="a text that would need more survives")
+    flag("--seed", type=number(int, 0), default=0, metavar="S",
+         help="of the choice of texts and of the attacks")
+    flag("--batch-size", type=positive, default=64, metavar="N", help="texts in a forward pass")
+    flag("--data-dir", metavar="DIR", help="where archives and tables are; None: as the run had it")
+    flag("--neighbors", metavar="FILE", help="substitution table: vectors (.txt, .zip), a table "
+         "(.json) or wordnet; None: the run's own")
+    flag("--device", metavar="NAME", help="cpu, cuda:0, ..; None: a GPU if there is one")
+    flag("--precision", choices=("auto", "fp32", "bf16"), help="of the encoder; None: the run's")
+    flag("--overwrite", action="store_true",
+         help="forget earlier attacks on these runs and this split")
+    flag("--show", type=number(int, 0), default=2, metavar="N",
+         help="adversarial texts printed for each run and attack")
+    flag("--csv", type=Path, metavar="FILE", help="write the original and adversarial texts")
+    flag("--plot", type=Path, metavar="FILE", help="draw what the runs vary: accuracy over alpha, "
+         "clean against robust accuracy over beta, or forgetting; without --attacks nothing is "
+         "attacked")
+    flag("--plot-attack", choices=ATTACKS, default="hull", metavar="NAME",
+         help="the attack under which --plot draws accuracy")
     args = p.parse_args(argv)
     args.attacks, args.runs = list(dict.fromkeys(args.attacks)), list(dict.fromkeys(args.runs))
     return args

@@ -15,8 +15,9 @@ ASCC's: Dong et al., "Towards Robustness Against Natural Language Word Substitut
 In this file: token ids -> embeddings -> features; the hull and the adversary in it; the losses;
 how much was forgotten; the model; the methods as sums of terms.
 
-Shapes: B texts, L tokens, K candidates a token (candidate 0 is the token itself), H hidden units,
-P positions in the batch that have more than one candidate, N texts of one class.
+Shapes: B texts, L tokens, K candidates for each token (candidate 0 is the token itself), H hidden
+units, P positions in the batch that have more than one candidate, N texts of one class. A mask of
+candidates is True where there is one.
 """
 import copy
 import math
@@ -42,7 +43,7 @@ def position_ids(encoder, L):
 
 
 def embed(encoder, input_ids, positions=None):
-    """e(c, l): the whole embedding layer (word + position + type, layer norm, dropout).
+    """e(c, l): the output of the whole embedding layer (word + position + type, norm, dropout).
 
     input_ids: (B, L) int64; positions: (1, L) int64, by default those of a text of L tokens.
     Returns (B, L, H).
@@ -58,9 +59,10 @@ def features(encoder, e, attention_mask, pooling="pooler"):
 
     encoder: a Hugging Face BertModel or RobertaModel; e: (B, L, H), from embed() or mix();
     attention_mask: (B, L) int64; pooling: "pooler" (the encoder's own, reads the first token) or
-    "mean" over the text's tokens. Returns (B, H) float32, also where the layers compute in bf16.
-    The layers are called one by one, because the pooler needs only the first token of the last one.
-    Raises ValueError for another pooling, and with gradient checkpointing on, which would not work.
+    "mean" over the text's tokens, special tokens included. Returns (B, H) float32, also where the
+    layers compute in bf16. The layers are called one by one, because the pooler needs only the
+    first token of the last one. Raises ValueError for another pooling, and for an encoder in
+    training mode with gradient checkpointing on, which would not work here.
     """
     if pooling not in ("pooler", "mean"):
         raise ValueError(f"pooling is {pooling!r}: it has to be 'pooler' or 'mean'")
@@ -69,9 +71,9 @@ def features(encoder, e, attention_mask, pooling="pooler"):
         raise ValueError("gradient checkpointing is on: encoder.gradient_checkpointing_disable() "
                          "turns it off")
     e = e.to(last.output.dense.weight.dtype)                                    # (B, L, H)
-    mask = torch.zeros_like(attention_mask, dtype=e.dtype)                      # added to scores
+    mask = torch.zeros_like(attention_mask, dtype=e.dtype)                      # (B, L)
     mask = mask.masked_fill(attention_mask == 0, torch.finfo(e.dtype).min)
-    mask = mask[:, None, None]                                                  # (B, 1, 1, L)
+    mask = mask[:, None, None]                          # (B, 1, 1, L), added to attention's scores
     for layer in layers:
         e = transformer_layer(layer, e, e, mask)
     if pooling == "pooler":
@@ -89,8 +91,8 @@ def transformer_layer(layer, x, e, mask):
     """
     attention = layer.attention.self
     heads, p = attention.num_attention_heads, attention.dropout.p if layer.training else 0.0
-    q, k, v = (linear(y).unflatten(-1, (heads, -1)).transpose(1, 2) for linear, y in
-               [(attention.query, x), (attention.key, e), (attention.value, e)])    # (B, heads, L, d)
+    q, k, v = (linear(y).unflatten(-1, (heads, -1)).transpose(1, 2)     # (B, heads, Q or L, d)
+               for linear, y in [(attention.query, x), (attention.key, e), (attention.value, e)])
     # torch's fused attention is the fastest, but on CPUs its gradient is slow
     if e.device.type == "cpu" and q.requires_grad:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask         # (B, heads, Q, L)
@@ -103,7 +105,7 @@ def transformer_layer(layer, x, e, mask):
 
 @contextmanager
 def dropout_off(*modules):
-    """Inside, every submodule is in eval mode; afterwards each is back in the mode it was in."""
+    """In a `with` block, every submodule is in eval mode; afterwards each has its old mode."""
     before = {m: m.training for module in modules for m in module.modules()}
     for module in modules:
         module.eval()
@@ -116,9 +118,9 @@ def dropout_off(*modules):
 
 @contextmanager
 def stand_in(module, tensors):
-    """Inside, the module computes with these tensors in place of its parameters.
+    """In a `with` block, the module computes with these tensors in place of its parameters.
 
-    tensors: {parameter name: tensor}; gradients flow into them, and on to where they come from.
+    tensors: {parameter name: tensor}; gradients flow through them to what they were computed from.
     Used for weights in bf16 (cast once a step), for weights without gradient, and for mixout.
     """
     owners = {name: module.get_submodule(name.rpartition(".")[0])._parameters for name in tensors}
@@ -133,9 +135,9 @@ def stand_in(module, tensors):
 
 
 def weights_in(encoder, dtype):
-    """The encoder's parameters for stand_in(), {name: tensor}: its layers in a dtype.
+    """{name: tensor} for stand_in(): the encoder's parameters, its layers and pooler in `dtype`.
 
-    The embedding layer stays in float32: it is large, and only a few of its rows are used.
+    The embedding layer stays in float32: it is large, and a batch uses only a few of its rows.
     """
     return {name: p if name.startswith("embeddings.") else p.to(dtype)
             for name, p in encoder.named_parameters()}
@@ -201,14 +203,14 @@ def noise(shape, max_len, generator=None):
 
 def search_hull(objective, predict, e, E, free, subs_mask, v, steps=10, lr=1.0, weight_decay=2e-5,
                 sparsity=15.0):
-    """Adam's ascent in the hull.
+    """The point of the hull where Adam's ascent ends.
 
         max over v of   objective(predict(e^(v))) - sparsity * sum_l H(w_l) / (300 * 128)
 
     objective: logits (B, C) -> scalar, summed over the batch; predict: embeddings (B, L, H) ->
     logits (B, C); e, E, free: from hull(), constants here; subs_mask: (B, L, K) bool; v: (B, L, K),
     the start; weight_decay: L2 on v. The entropy term pushes w towards a single word; its divisor
-    is a constant, whatever the shape. Returns w (B, L, K), a constant.
+    is a constant, whatever the shape. Returns w (B, L, K), rows on the simplex, without a gradient.
     """
     v, mask = v.clone(), subs_mask[free]                                        # mask: (P, K)
     v_free = v[free].requires_grad_()                                           # (P, K)
@@ -230,7 +232,7 @@ def adversary(encoder, head, input_ids, attention_mask, subs, subs_mask, v, y=No
     which starts from the model's own prediction. With y (B,) int64: argmax -log q(y|F_s(x')).
     head: (B, H) -> (B, C) logits; v: (B, L, K), the start, see noise(); the rest as in hull(),
     features() and search_hull(). Dropout is off and no parameter gets a gradient during the search.
-    Returns w (B, L, K) float32, rows on the simplex, a constant.
+    Returns w (B, L, K) float32, rows on the simplex, without a gradient.
     """
     constants = {name: p.detach() for name, p in encoder.named_parameters()}
     with dropout_off(encoder, head), stand_in(encoder, constants):
@@ -308,11 +310,12 @@ def L_info(S, T, y, g, h, tau=0.2):
 
 
 def gather(x):
-    """(b, ..) of this process -> (B, ..) of all processes, with the gradient of this one's part.
+    """The x (b, ..) of all processes, joined: (B, ..). Only this process's part has a gradient.
 
-    L_info compares the texts of all processes. Each computes it whole, but only its own part
-    reaches its encoder, and averaging the gradients then divides by the number of processes: so the
-    gradient of that part, not its value, is multiplied by it. A single process gets x back.
+    L_info compares the texts of all processes. Each process computes all of it, but its gradient
+    reaches only the process's own texts. Later the gradients are averaged, which divides them by
+    the number of processes; so here the gradient of x, not its value, is multiplied by that number.
+    A single process gets x back.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x
@@ -327,7 +330,7 @@ def gather(x):
 def pretrained_distance(encoder, teacher):
     """||theta_s - theta_t||_2 = sqrt(1e-10 + sum (theta_s - theta_t)^2), over the whole encoder.
 
-    The regulariser of adv-ptwd, and a measure of how far fine-tuning has moved. Returns a scalar.
+    The regulariser of adv-ptwd, and how far fine-tuning has moved the weights. Returns a scalar.
     """
     pairs = zip(encoder.parameters(), teacher.parameters())
     return torch.sqrt(1e-10 + sum((s - t).square().sum() for s, t in pairs))
@@ -373,6 +376,7 @@ def debiased_cka(S, T):
 
     def hsic(A, B):
         a, b = A.sum(0), B.sum(0)                                               # (N,)
+        # without the factor 1 / (N (N - 3)), which cancels
         return (A * B).sum() + a.sum() * b.sum() / ((N - 1) * (N - 2)) - 2 / (N - 2) * (a @ b)
 
     return (hsic(K, M) / (hsic(K, K) * hsic(M, M)).clamp_min(1e-30).sqrt()).item()
@@ -383,10 +387,10 @@ def retained(S, T, y, S_dev, T_dev, y_dev):
 
         R^2 = 1 - sum ||T - T^||^2 / sum ||T - mean of T's class||^2   over the dev texts
 
-    where T^ is a ridge regression of T on S. Class means, regression and its ridge (chosen by
-    leave-one-out) come from the training texts alone. S, T: (N, H), y: (N,), of training texts; the
-    same of dev texts. Returns a float: 1 if all of T can be read off S linearly, 0 or below if
-    nothing can.
+    where T^ is predicted from S by a ridge regression. The class means, the regression and its
+    ridge (chosen by leave-one-out) come from the training texts alone. S, T: (N, H), y: (N,) int64,
+    of training texts; S_dev, T_dev, y_dev: of dev texts. Returns a float: 1 if all of T can be read
+    off S linearly, 0 or below if nothing can.
     """
     def within_classes(X, X_dev):
         X, X_dev = X.double(), X_dev.double()
@@ -450,7 +454,7 @@ class RIFT(nn.Module):
         self.h = nn.ModuleList(mlp(H, 512, 256) for _ in range(1 if marginal else C))
 
     def train(self, mode=True):
-        """Sets the mode of everything but the teacher, which stays in eval mode."""
+        """Sets the mode of the model; its teacher stays in eval mode. Returns the model."""
         super().train(mode)
         self.teacher.eval()
         return self
@@ -459,9 +463,10 @@ class RIFT(nn.Module):
                 tau=0.2):
         """One pass on the clean text x and, with w, one on the adversarial x^ for all terms.
 
-        input_ids, attention_mask: (B, L) int64; y: (B,) int64; subs, subs_mask, w: (B, L, K), w
-        from adversary(); T: (B, H), the teacher's features of x. Returns Outputs. The hull is
-        computed again here: with dropout on, and with gradients for the embedding layer.
+        input_ids, attention_mask: (B, L) int64; y: (B,) int64; subs, subs_mask: as in hull();
+        w: (B, L, K), from adversary(); T: (B, H), the teacher's features of x, for L_info. Returns
+        Outputs. The hull is computed again here: with dropout on, and with gradients for the
+        embedding layer.
         """
         adversarial = S = None
         if w is None:
@@ -490,7 +495,7 @@ def kl(o):
 
 
 def info(o):
-    """L_info over the texts of all processes; of a marginal model, the bound on I(S;T)."""
+    """L_info over the texts of all processes; for a marginal model, the loss that bounds I(S;T)."""
     classes = torch.zeros_like(o.y) if o.model.marginal else o.y
     return L_info(gather(o.S), gather(o.T), gather(classes), o.model.g, o.model.h, o.tau)
 
@@ -513,7 +518,7 @@ METHODS = {
 
 
 def has_adversary(method):
-    """Whether a method reads x^: all do whose terms are not of the clean text alone."""
+    """Whether a method needs x^: each does that has a term besides ce and ptwd."""
     return not METHODS[method].keys() <= {ce, ptwd}
 
 
@@ -524,6 +529,7 @@ def objective(o, method, weight):
     Returns {"loss": the weighted sum, and each term's name: its value}, scalars.
     """
     terms = {term.__name__: term(o) for term in METHODS[method]}
+    # a factor is the name of a setting, or a number
     factors = [weight.get(factor, factor) for factor in METHODS[method].values()]
     loss = sum(factor * value for factor, value in zip(factors, terms.values()))
     return {"loss": loss} | terms

@@ -18,7 +18,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, stop)      # no traceback while the imports below take seconds
 
 import argparse
-import hashlib
 import inspect
 import json
 import math
@@ -60,9 +59,9 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
     """Fine-tunes a model, keeps its best epoch on dev, and measures that once on test.
 
     model: a rift.RIFT on its device; task: a data.Task; vocabulary: a data.Vocabulary; s: settings,
-    as parse() gives them, with method and seed; folder: of the run, where a checkpoint may be;
-    T, T_dev: (n, H), the teacher's features of the training and dev texts: it is frozen and reads
-    clean text only, so that one pass serves every epoch.
+    as parse() gives them, with method and seed; folder: of the run; it goes on from a checkpoint
+    there; T, T_dev: (n, H), the teacher's features of the training and dev texts. The teacher is
+    frozen and reads clean text only, so they are the same in every epoch.
     Writes log.jsonl, encoder/, model.safetensors and metrics.json. Raises InputError where a loss
     or a gradient is not finite, or a file cannot be written.
     """
@@ -98,7 +97,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
                 part = rows[part]
                 batch = vocabulary.encode([texts[i] for i in part], hull=adversarial)
                 batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                # theta_s in the precision of the encoder: cast once, for the search and the loss
+                # theta_s in the run's precision: cast once, for the search and the loss
                 theta = rift.weights_in(model.encoder, eval.DTYPES[s.precision])
                 w = None
                 if adversarial:                                             # x^ = argmax KL
@@ -146,17 +145,17 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
 
 
 def slices(y, size):
-    """The rows of a batch in class-balanced slices of about `size` texts; their gradients add up.
+    """A list of index arrays: a batch in class-balanced slices of about `size` texts.
 
-    y: (B,) int64, every class equally often. Returns a list of index arrays. L_info compares the
-    texts of a slice: its N is the slice's, not the batch's.
+    y: (B,) int64, every class equally often. The gradients of the slices add up to one step. L_info
+    compares the texts of one slice, so that its N is the slice's, not the batch's.
     """
     rows = torch.stack([(y == c).nonzero().squeeze(1) for c in y.unique()])         # (C, N)
     return [part.flatten().numpy() for part in rows.split(max(size // len(rows), 2), dim=1)]
 
 
 def measure(model, victim, task, s, T, T_dev):
-    """How accurate the model is on dev, and how much it has forgotten: the rest of a log line."""
+    """The rest of a log line, a dict: accuracy on dev, and how much was forgotten."""
     y = torch.tensor([x.y for x in task.train], device=T.device)                    # (n,)
     y_dev = torch.tensor([x.y for x in task.dev], device=T.device)
     S_dev = victim.features([x.words for x in task.dev])                            # (n, H)
@@ -177,10 +176,11 @@ def measure(model, victim, task, s, T, T_dev):
 
 @torch.no_grad()
 def held_out_info(model, S, T, y, N, tau):
-    """L_info of held-out texts, in groups of N texts a class as in training -> dev_info, info_n.
+    """{"dev_info": L_info of held-out texts, "info_n": how many it compares}.
 
-    S, T: (n, H), features of adversarial and of clean texts; y: (n,). log(info_n) - dev_info is the
-    bound on I(S;T|Y). On the pairs that g and h are trained on it would say nothing: they learn
+    S, T: (n, H), features of adversarial and of clean texts; y: (n,); N: texts of a class in a
+    group, as in training, or fewer if there are not so many. log(info_n) - dev_info is the bound on
+    I(S;T|Y), with a marginal model on I(S;T). On training pairs it would say nothing: g and h learn
     them by heart.
     """
     by_class = [(y == c).nonzero().squeeze(1) for c in y.unique()]
@@ -196,7 +196,7 @@ def held_out_info(model, S, T, y, N, tau):
 
 
 def check_finite(totals, model, epoch, step, adamw):
-    """Raises InputError if a loss or the gradient is not finite: before any weight is changed."""
+    """Raises InputError if a loss or the gradient is not finite, before a weight is changed."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     if not all(map(math.isfinite, [*totals.values(), norm.item()])):
         values = ", ".join(f"{name} {value:g}" for name, value in totals.items())
@@ -247,7 +247,7 @@ def save_checkpoint(folder, model, adamw, log, best):
 
 
 def load_checkpoint(folder, model, adamw):
-    """Takes the state of save_checkpoint() up again, if there is one -> (log, best)."""
+    """(log, best) of the checkpoint in a folder, ([], None) without one; loads model and adamw."""
     path = folder / "checkpoint.safetensors"
     if not path.exists():
         return [], None
@@ -261,25 +261,21 @@ def load_checkpoint(folder, model, adamw):
             i, _, key = rest.partition(".")
             state.setdefault(int(i), {})[key] = tensor
     try:
-        model.load_state_dict(trained_only(model, weights), strict=False)
+        if weights.keys() != trained(model).keys():
+            raise KeyError
+        model.load_state_dict(weights, strict=False)
         adamw.load_state_dict({"state": state, "param_groups": adamw.state_dict()["param_groups"]})
         return about["log"], about["best"]
     except (RuntimeError, KeyError, TypeError, ValueError):
         raise InputError(f"{path}: of another run, or damaged") from None
 
 
-def trained_only(model, weights):
-    """weights, {name: tensor}, if they are exactly those of trained(model); else a KeyError."""
-    if weights.keys() != trained(model).keys():
-        raise KeyError("names differ")
-    return weights
+def open_folder(folder, config, overwrite):
+    """Prepares a run's folder; returns False if the run in it is finished, else True.
 
-
-def open_folder(folder, config, resume, overwrite):
-    """Prepares a run's folder; returns False if the run in it is finished.
-
-    Raises InputError for a folder that holds a run, unless it is to be overwritten, or to be
-    resumed with the same settings.
+    A run in it is removed if `overwrite`, else resumed. Raises InputError where it has other
+    settings, data or number of processes. That a folder with a run is refused without a flag is
+    checked in check_first().
     """
     there = (folder / "config.json").exists() and not overwrite
     if there:
@@ -318,8 +314,9 @@ def processes():
 def share(rows, y, rank, world):
     """This process's part of a balanced batch: of each class every world-th text.
 
-    rows: (B,) ints; y: (B,), their classes. Every process gets the same number; what does not
-    divide is left out. Raises InputError where a class has no text for each process.
+    rows: (B,) ints; y: (B,), their classes. Every process gets the same number of texts; what is
+    left of a class after that is left out. Raises InputError where a class has fewer texts than
+    there are processes.
     """
     parts = [rows[y.numpy() == c] for c in y.unique().tolist()]                     # C arrays of N
     N = len(parts[0]) // world
@@ -330,7 +327,7 @@ def share(rows, y, rank, world):
 
 
 def average(model, totals, world):
-    """Replaces every gradient by its mean over the processes; returns the totals' means."""
+    """Replaces every gradient by its mean over the processes; returns the means of `totals`."""
     if world == 1:
         return totals
     values = torch.tensor(list(totals.values()), device=model.encoder.device)
@@ -343,23 +340,24 @@ def average(model, totals, world):
 # ---- One run: a method and a seed ----------------------------------------------------------------
 
 
-def run(task, table, s, folder, resume, overwrite, known):
+def run(task, table, s, folder, overwrite, known):
     """Trains one method with one seed in its folder.
 
-    known: {encoder: its features}, shared by the runs of a command. Raises InputError for
-    settings that do not fit the model, the data, or a run that is there.
+    known: {(sha256 of the encoder, pooling): [T, T_dev]}, the teacher's features, shared by the
+    runs of a command; filled here. Raises InputError for settings that do not fit the model, the
+    data, or a run that is there.
     """
     rank, world = processes()
     torch.manual_seed(s.seed)                           # of all that is not pre-trained
     encoder, tokenizer = eval.load_encoder(s.model)
-    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in encoder.parameters()))
+    digest = data.fingerprint(b"".join(p.detach().numpy().tobytes() for p in encoder.parameters()))
     config = {"settings": vars(s), "labels": task.labels, "parts": len(task.train[0].words),
               "fingerprints": {"data": task.fingerprint, "neighbors": data.fingerprint(table),
-                               "encoder": digest.hexdigest()},
+                               "encoder": digest},
               "processes": world,
               "versions": {"python": platform.python_version(), "torch": torch.__version__,
                            "transformers": transformers.__version__, "numpy": np.__version__}}
-    if rank == 0 and open_folder(folder, config, resume, overwrite):
+    if rank == 0 and open_folder(folder, config, overwrite):
         data.write_json(folder / "neighbors.json", table)
     if world > 1:
         dist.barrier()
@@ -368,7 +366,7 @@ def run(task, table, s, folder, resume, overwrite, known):
     model = rift.RIFT(encoder, len(task.labels), s.pooling, s.method == "rift-marginal")
     model.to(s.device or eval.pick_device())
     vocabulary = data.Vocabulary(tokenizer, s.max_len, table, s.unknown_words, s.candidates)
-    key = digest.hexdigest(), s.pooling
+    key = digest, s.pooling
     if key not in known:
         victim = eval.Victim(model, vocabulary, s.eval_batch_size, s.precision)
         known[key] = [victim.features([x.words for x in split], model.teacher, "teacher's features")
@@ -420,7 +418,7 @@ def pretrain_toy(folder, steps=1000, batch_size=32, lr=3e-3, masked=0.4):
 def toy_encoder():
     """The folder of the toy task's pre-trained encoder, from the cache or made now.
 
-    Its name depends on all that makes it. Another processor can still differ in the last bits.
+    Its name has a hash of all that it is made of. Another processor can still round differently.
     """
     made_of = [inspect.getsource(pretrain_toy), data.toy_pretraining_texts(), torch.__version__,
                transformers.__version__]
@@ -579,7 +577,7 @@ def main(argv):
         begun.append(folder)
         settings = SimpleNamespace(**vars(s) | {"method": method, "seed": seed})
         try:
-            run(task, table, settings, folder, args.resume, args.overwrite, known)
+            run(task, table, settings, folder, args.overwrite, known)
         except KeyboardInterrupt:
             goes_on = len(begun) > 1 or (folder / "checkpoint.safetensors").exists()
             flag = "--resume in place of --overwrite" if "--overwrite" in argv else "--resume"

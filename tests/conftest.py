@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel, Rob
 import data
 import train
 
+torch.set_num_threads(1)        # for models this small, more threads only wait for each other
 SIZE = dict(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
             intermediate_size=32, initializer_range=0.5)       # weights large enough to matter
 BERT = SIZE | dict(max_position_embeddings=20)
