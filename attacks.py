@@ -17,6 +17,7 @@ import numbers
 import sys
 import warnings
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -185,7 +186,8 @@ def attack(victim, examples, method, synonyms, *, seed=0, batch_size=64, in_flig
     done, robust, substitutable = 0, 0, 0
     with tqdm(total=total, desc=name, disable=None if progress else True, leave=False) as bar:
         while True:
-            for index, text, y in islice(examples, in_flight - len(running)):
+            for item in islice(examples, in_flight - len(running)):
+                index, text, y = checked(item)
                 example = Running(text, victim, max_words)
                 example.steps = attack_one(example, index, y, victim, method, synonyms, seed, name)
                 example.begin(next(example.steps))
@@ -214,6 +216,16 @@ def attack(victim, examples, method, synonyms, *, seed=0, batch_size=64, in_flig
     if done and not substitutable:
         warnings.warn(f"{name}: no word of the {done} texts has a synonym, nothing was attacked. "
                       "A text is lower-case words joined by single spaces", stacklevel=2)
+
+
+def checked(item):
+    """The example (index, text, y). Raises ValueError where it is something else."""
+    with suppress(TypeError, ValueError):
+        index, text, y = item
+        if isinstance(index, numbers.Integral) and index >= 0:
+            return item
+    raise ValueError(f"{item!r:.80} is no example: expected (index, text, label), with an index of "
+                     "at least 0")
 
 
 class OutOfQueries(Exception):

@@ -251,6 +251,10 @@ def settings_of(folder):
     Raises InputError for a folder that holds no run.
     """
     path = Path(folder) / "config.json"
+    if not path.exists():
+        runs = list(Path(folder).glob("*/config.json"))
+        raise InputError(f"{folder}: no run of train.py, it has no config.json"
+                         + f"; the runs are in it: {folder}/*" * bool(runs))
     config = data.read_json(path)
     if not {"settings", "labels", "fingerprints", "parts"} <= config.keys():
         raise InputError(f"{path}: not a run of this project, or damaged")
@@ -577,7 +581,7 @@ def evaluate(folder, plan, args):
 
 def write_lines(path, done):
     """Writes attacks.jsonl. done: {attack: {index: line}}."""
-    lines = [line for name in ATTACKS for _, line in sorted(done.get(name, {}).items())]
+    lines = [line for by_index in done.values() for _, line in sorted(by_index.items())]
     data.write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -596,7 +600,8 @@ def earlier(eval_path, lines_path, settings):
         for key in now:
             if then.get(key) != now[key]:
                 raise InputError(f"{eval_path}: holds {name} with {key} {str(then.get(key))[:40]}, "
-                                 f"not {str(now[key])[:40]}; --overwrite starts anew")
+                                 f"not {str(now[key])[:40]}; --overwrite forgets all attacks on "
+                                 "this run and split")
     for line in data.read_lines(lines_path) if lines_path.exists() else []:
         done.setdefault(line["attack"], {})[line["index"]] = line
     return before, done
@@ -837,6 +842,8 @@ def read_finished(folder, attack, split):
     is missing.
     """
     s, _ = settings_of(folder)
+    if s.method not in rift.METHODS:
+        raise InputError(f"{folder}: its method {s.method} is not in rift.METHODS: add it there")
     metrics, log = data.read_json(folder / "metrics.json"), data.read_lines(folder / "log.jsonl")
     kept = next((line for line in log if line["epoch"] == metrics.get("best_epoch")), None)
     if kept is None:
@@ -847,9 +854,10 @@ def read_finished(folder, attack, split):
         on_dev = {"clean": kept["dev_clean"], "hull": kept["dev_hull"]}
         scores = on_dev if split == "dev" else metrics
     if attack not in scores:
-        raise InputError(f"{folder}: was not attacked with {attack} on {split}: first run eval.py "
-                         f"{folder} --attacks {attack} --split {split}")
-    return SimpleNamespace(run=s, scores=scores, n=scores.get("num_examples"), log=log, kept=kept)
+        raise InputError(f"{folder}: its last evaluation on {split} was without {attack}: first "
+                         f"run eval.py {folder} --attacks {attack} --split {split}")
+    n = scores.get("num_examples") or scores.get("test_examples")
+    return SimpleNamespace(run=s, scores=scores, n=n, log=log, kept=kept)
 
 
 def points_over(runs, key, measures):

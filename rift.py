@@ -4,10 +4,11 @@ Dong, Luu, Lin, Yan, Zhang, "How Should Pre-Trained Language Models Be Fine-Tune
 Adversarial Robustness?", NeurIPS 2021 (arXiv 2112.11668). The convex hull of word substitutions is
 ASCC's: Dong et al., "Towards Robustness Against Natural Language Word Substitutions", ICLR 2021.
 
-    x        a text, y its label, C classes     S = F_s(x)  features, encoder being fine-tuned
-    x^       the worst text near x              T = F_t(x)  features, frozen pre-trained encoder
+    x        a text, y its label, C classes     S = F_s(.)  features, encoder being fine-tuned
+    x^       the worst text near x              T = F_t(.)  features, frozen pre-trained encoder
     q(y|s)   the task head                      g_c, h_c    projections of S and T for class c
 
+    I(S;Y,T) = I(S;Y) + I(S;T|Y): L_task bounds the first, L_info (S of x^, T of x) the second
     loss = L_task + alpha * L_info
     L_task = E[ -log q(y|S) + beta * KL( q(.|F_s(x)) || q(.|F_s(x^)) ) ]
     I(S;T|Y) >= log N - L_info
@@ -95,7 +96,8 @@ def transformer_layer(layer, x, e, mask):
                for linear, y in [(attention.query, x), (attention.key, e), (attention.value, e)])
     # torch's fused attention is the fastest, but on CPUs its gradient is slow
     if e.device.type == "cpu" and q.requires_grad:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask         # (B, heads, Q, L)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                # (B, heads, Q, L)
+        scores += mask
         attended = F.dropout(scores.softmax(-1), p) @ v                         # (B, heads, Q, d)
     else:
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
@@ -506,7 +508,8 @@ def ptwd(o):
 
 
 # method: {term: its weight, a number or the name of a setting}. What is not listed is not computed.
-# To add a method, write its new terms above and its line here.
+# To add a method, write its new terms above and its line here. One with any term but ce and ptwd is
+# given x^, and its epoch is chosen by (hull, clean).
 METHODS = {
     "standard": {ce: 1},
     "adv": {ce: 1, kl: "beta"},                             # L_task
@@ -527,9 +530,13 @@ def objective(o, method, weight):
 
     o: Outputs; weight: {name of a setting: number}, such as {"beta": 10, "alpha": 0.1}.
     Returns {"loss": the weighted sum, and each term's name: its value}, scalars.
+    Raises ValueError for a weight that is neither a number nor one of these settings.
     """
-    terms = {term.__name__: term(o) for term in METHODS[method]}
-    # a factor is the name of a setting, or a number
-    factors = [weight.get(factor, factor) for factor in METHODS[method].values()]
-    loss = sum(factor * value for factor, value in zip(factors, terms.values()))
+    terms, loss = {}, 0
+    for term, factor in METHODS[method].items():
+        if isinstance(factor, str) and factor not in weight:
+            raise ValueError(f"METHODS[{method!r}] weighs {term.__name__} with {factor!r}, no "
+                             f"setting: wanted a number or one of {', '.join(weight)}")
+        terms[term.__name__] = term(o)
+        loss = loss + weight.get(factor, factor) * terms[term.__name__]
     return {"loss": loss} | terms

@@ -71,7 +71,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
     texts = [vocabulary.visible(x.words) for x in task.train]
     lengths = [sum(map(len, text)) for text in texts]
     y = torch.tensor([x.y for x in task.train])                                     # (n,)
-    own = [*model.head.parameters(), *model.g.parameters(), *model.h.parameters()]
+    own = [p for name, p in trained(model).items() if not name.startswith("encoder.")]
     adamw = torch.optim.AdamW([{"params": list(model.encoder.parameters()), "weight_decay": 0.0},
                                {"params": own, "weight_decay": s.weight_decay}],
                               lr=s.lr, eps=s.adam_eps, fused=True)
@@ -202,7 +202,8 @@ def check_finite(totals, model, epoch, step, adamw):
         values = ", ".join(f"{name} {value:g}" for name, value in totals.items())
         raise InputError(f"epoch {epoch}, step {step + 1}: the loss or its gradient is not finite "
                          f"({values}, gradient norm {norm:g}, learning rate "
-                         f"{adamw.param_groups[0]['lr']:g}): start again with a smaller --lr")
+                         f"{adamw.param_groups[0]['lr']:g}): start again with a smaller --lr "
+                         "and --overwrite")
 
 
 def finish(model, victim, task, s, folder, best_epoch):
@@ -212,7 +213,7 @@ def finish(model, victim, task, s, folder, best_epoch):
                                          **eval.search_settings(s))
     metrics = {"method": s.method, "task": task.name, "seed": s.seed, "best_epoch": best_epoch,
                "clean": eval.accuracy(victim.probabilities(S).argmax(-1), task.test),
-               "hull": eval.accuracy(predictions, task.test)}
+               "hull": eval.accuracy(predictions, task.test), "test_examples": len(task.test)}
     parts = {name: p for name, p in trained(model).items() if not name.startswith("encoder.")}
     data.save_tensors(folder / "model.safetensors", parts)
     data.remove(folder / "encoder")                     # of a run that was killed as it finished
@@ -504,7 +505,8 @@ def parse(argv):
     flag("--out", type=Path, metavar="DIR", help="each run has its folder OUT/METHOD, with several "
          "seeds OUT/METHOD-SEED; None: runs/TASK")
     flag("--resume", action="store_true", help="go on with runs that were stopped")
-    flag("--overwrite", action="store_true", help="replace runs that are there")
+    flag("--overwrite", action="store_true", help="replace runs that are there (the toy "
+         "task in runs/toy always does)")
     named = argparse.ArgumentParser(add_help=False)
     named.add_argument("--task", default="toy")
     task = named.parse_known_args(argv)[0].task
@@ -567,8 +569,9 @@ def main(argv):
     table = eval.open_table(s, task)
     if world > 1 and rank == 0:
         dist.barrier()
-    if len(task.dev) < 4:
-        raise InputError(f"--dev-size: dev has {len(task.dev)} texts, at least 4 are needed")
+    if len(task.dev) < max(4, 2 * len(task.labels)):
+        raise InputError(f"--dev-size: dev has {len(task.dev)} texts, equally many of each class, "
+                         f"wanted at least {max(4, 2 * len(task.labels))}")
     if s.batch_size < 2 * len(task.labels):             # before the teacher reads all texts
         raise InputError(f"--batch-size {s.batch_size}: wanted at least {2 * len(task.labels)}, "
                          f"two texts of each of {len(task.labels)} classes")

@@ -397,8 +397,8 @@ def training(case):
         for name, share in shares.items():
             if not share <= 1:
                 agrees[precision] = False
-                print(f"train/{case.name}/{precision}, {where}: {name} differs by {share:.2g} times "
-                      "what is allowed", file=sys.stderr)
+                print(f"train/{case.name}/{precision}, {where}: {name} differs by {share:.2g} "
+                      "times what is allowed", file=sys.stderr)
     return {f"train/{case.name}/{precision}": case.row(spent["plain"], spent[precision], same)
             for precision, same in agrees.items()}
 

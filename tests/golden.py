@@ -2,8 +2,9 @@
 
     python -m tests.golden PATH
 
-PATH is a case folder (the model, the adversary and the losses: `method_case`) or a json of texts and a victim
-that needs no network (the attacks: `attack_cases`). What the file records as outputs is never read.
+PATH is a case folder (the model, the adversary and the losses: `method_case`) or a json of texts
+and a victim that needs no network (the attacks: `attack_cases`). What the file records as outputs is
+never read.
 """
 import json
 import sys
@@ -19,13 +20,16 @@ from transformers import AutoConfig, AutoModel
 import attacks
 import rift
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A case folder: model.safetensors, config.json, case.npz
 
 
 def stored_name(name, marginal):
-    """A parameter of rift.RIFT -> its name in the file: "g.0.2.bias" is "project_s.0.2.bias", or, where one pair of
-    projections serves all classes, "project_s_all.2.bias"."""
+    """The name in the file of a parameter of rift.RIFT.
+
+    "g.0.2.bias" is "project_s.0.2.bias" or, where one pair of projections serves all classes,
+    "project_s_all.2.bias".
+    """
     part, _, rest = name.partition(".")
     if part not in ("g", "h"):
         return name
@@ -37,7 +41,8 @@ def stored_model(path, marginal):
     """rift.RIFT with the weights of a case folder, dropout off."""
     stored = safetensors.torch.load_file(path / "model.safetensors")
     config = AutoConfig.for_model(**json.loads((path / "config.json").read_text(encoding="utf-8")))
-    model = rift.RIFT(AutoModel.from_config(config), len(stored["head.2.bias"]), marginal=marginal).eval()
+    encoder, C = AutoModel.from_config(config), len(stored["head.2.bias"])
+    model = rift.RIFT(encoder, C, marginal=marginal).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(stored[stored_name(name, marginal)])
@@ -45,8 +50,9 @@ def stored_model(path, marginal):
 
 
 def method_case(path):
-    """The adversary's weights, its discrete text, logits, every loss, and the norms of the gradients of the total."""
-    case = {name: torch.from_numpy(array) for name, array in np.load(path / "case.npz", allow_pickle=False).items()}
+    """The adversary's weights, its text, logits, every loss, and the total's gradient norms."""
+    arrays = np.load(path / "case.npz", allow_pickle=False)
+    case = {name: torch.from_numpy(array) for name, array in arrays.items()}
     text = {"input_ids": case["input_ids"], "attention_mask": case["attention_mask"]}
     candidates = {"subs": case["subs"], "subs_mask": case["subs_mask"].bool()}
     y, v = case["y"], case["w_init"]
@@ -68,16 +74,17 @@ def method_case(path):
            "loss_mi_adv": rift.info(marginal(**text, **candidates, y=y, w=w, T=T)),
            "loss_mi_clean": rift.L_info(S, T, torch.zeros_like(y), marginal.g, marginal.h),
            "params_l2": rift.ptwd(o), "loss_total": terms["loss"]}
-    norms = {stored_name(name, False): p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+    norms = {stored_name(name, False): p.grad.norm().item()
+             for name, p in model.named_parameters() if p.grad is not None}
     return {name: value.tolist() for name, value in out.items()} | {"grad_norms": norms}
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A json of attacked texts
 
 
 class Weights(dict):
-    """weight(s) in [-1, 1) of a string: the first 8 hex digits of its sha256, computed once per string."""
+    """weight(s) in [-1, 1) of a string: the first 8 hex digits of its sha256, computed once."""
 
     def __missing__(self, s):
         self[s] = int(sha256(s.encode()).hexdigest()[:8], 16) / 2**32 * 2 - 1
@@ -85,8 +92,8 @@ class Weights(dict):
 
 
 def hash_victim(scale, bias):
-    """P(y=1) = 1 / (1 + exp(-scale * z)),  z = bias + sum_i weight(w_i) + 0.5 sum_i weight(w_i + "_" + w_{i+1})
-    -> a victim: list of N texts -> (N, 2) probabilities"""
+    """A victim, list of N texts -> (N, 2) probabilities: P(y=1) = 1 / (1 + exp(-scale * z)) with
+    z = bias + sum_i weight(w_i) + 0.5 sum_i weight(w_i + "_" + w_{i+1})."""
     weight = Weights()
 
     def victim(texts):
@@ -94,7 +101,7 @@ def hash_victim(scale, bias):
         for k, text in enumerate(texts):
             words = text.split(" ")
             pairs = map("_".join, zip(words, words[1:]))
-            z[k] = bias + sum(map(weight.__getitem__, words)) + 0.5 * sum(map(weight.__getitem__, pairs))
+            z[k] = bias + sum(weight[word] for word in words) + 0.5 * sum(weight[pair] for pair in pairs)
         p = 1 / (1 + np.exp(-scale * z))
         return np.stack([1 - p, p], axis=1)
 
@@ -102,10 +109,11 @@ def hash_victim(scale, bias):
 
 
 def neighbor_table(path):
-    """word -> list of synonyms: data/counterfitted_neighbors.json of the folder above the case's, or else of
-    the folder `shared` beside the project. Raises FileNotFoundError if neither is there."""
+    """word -> list of synonyms: data/counterfitted_neighbors.json of the folder above the case's, or
+    of the folder `shared` beside the project. Raises FileNotFoundError if neither is there."""
     name = Path("data") / "counterfitted_neighbors.json"
-    places = [Path(path).resolve().parent.parent / name, Path(__file__).resolve().parents[2] / "shared" / name]
+    places = [Path(path).resolve().parent.parent / name,
+              Path(__file__).resolve().parents[2] / "shared" / name]
     for place in places:
         if place.exists():
             return json.loads(place.read_text(encoding="utf-8"))

@@ -952,7 +952,7 @@ BAD_FLAGS = [
     (["--neighbors", "/nowhere.json"], "/nowhere.json: "),
     (["--neighbors", "table.csv"], "table.csv: wanted"),
     (["--plot", "figure.docx"], "figure.docx: Format 'docx' is not supported"),
-    (["--plot", "figure.png", "--plot-attack", "genetic"], "was not attacked with genetic on test"),
+    (["--plot", "figure.png", "--plot-attack", "genetic"], "on test was without genetic: first"),
 ]
 
 
@@ -967,7 +967,7 @@ def test_bad_flags_are_one_line(run, capsys, tmp_path, monkeypatch, flags, messa
 
 
 RUNS = [
-    ("no folder", shutil.rmtree, "config.json: cannot be read (No such file"),
+    ("no folder", shutil.rmtree, "no run of train.py, it has no config.json"),
     ("config cut short", cut("config.json", 100), f"config.json: {data.NOT_OURS}"),
     ("config without settings", write("config.json", b"{}"), "config.json: not a run of this"),
     ("too long for the encoder", lambda run: change(run, max_len=512), "the encoder positions for"),
@@ -1003,3 +1003,13 @@ def test_a_full_disk_is_one_line(run, capsys, monkeypatch):
     monkeypatch.setattr(data.os, "replace", mock.Mock(side_effect=full))
     error = refused(capsys, run, "--attacks", "pwws", "--num-examples", 8)
     assert "No space left on device" in error and str(run) in error and files_of(run) == before
+
+
+def test_attacks_that_this_program_does_not_know_keep_their_lines(run, monkeypatch):
+    """Another eval.py, without somebody's own attack, does not delete what that one found."""
+    monkeypatch.setitem(eval.ATTACKS, "mine", attacks.pwws)
+    eval.main([str(run), "--attacks", "mine", "--num-examples", "4"])
+    monkeypatch.delitem(eval.ATTACKS, "mine")
+    eval.main([str(run), "--attacks", "pwws", "--num-examples", "4"])
+    lines = data.read_lines(run / "attacks.jsonl")
+    assert {line["attack"] for line in lines} == {"mine", "pwws"}

@@ -308,7 +308,7 @@ BEFORE_TEXTS_ARE_READ = [
 BAD_TRAIN = [
     ({}, ["--train-size", "2"], "task: class 'neg' has 1 training examples"),
     ({}, ["--train-size", "5000"], "train: 5000 examples are 2500 of each class, wanted 1 to 16"),
-    ({}, ["--dev-size", "2"], "--dev-size: dev has 2 texts, at least 4 are needed"),
+    ({}, ["--dev-size", "2"], "--dev-size: dev has 2 texts, equally many of each"),
     ({"task/train.tsv": "text\tlabel\n"}, [], "task/train.tsv, line 1: 'text\\tlabel', wanted t"),
     ({"task/train.tsv": GOOD + "neg\n"}, [], "task/train.tsv, line 20: ['neg'], wanted 'label"),
     ({"task/train.tsv": b"label\ttext\nneg\t\xff\n"}, [], "train.tsv, line 2: not UTF-8 (byte"),
