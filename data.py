@@ -718,16 +718,6 @@ def read_vectors(path, wanted):
 
 
 # ---- Words to tokens -----------------------------------------------------------------------------
-def check_tokenizer(tokenizer, where):
-    """Raises InputError if the tokenizer knows none of the words "the", "a" and "film": then its
-    files are missing, and a text would be nothing but [UNK]. where: names the model in the message.
-    """
-    pieces = tokenizer(["the", "a", "film"], add_special_tokens=False)["input_ids"]
-    if {piece for word in pieces for piece in word} <= {tokenizer.unk_token_id}:
-        raise InputError(f"{where}: its tokenizer knows none of the words 'the', 'a' and 'film'; "
-                         f"wanted the model's tokenizer.json or vocabulary beside its weights")
-
-
 class Vocabulary:
     """One token for each word, by a BERT or RoBERTa tokenizer, and the candidates of each position.
 
@@ -739,10 +729,6 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer, max_len, neighbors=None, unknown="piece", max_candidates=10):
-        if max_len < 3 or unknown not in ("piece", "unk") or max_candidates < 1:
-            raise InputError(f"longest input {max_len}, unknown words {unknown!r}, "
-                             f"{max_candidates} candidates: wanted at least 3 (special tokens "
-                             f"included), piece or unk, and at least 1 (the word itself)")
         self.tokenizer, self.max_len, self.unknown = tokenizer, max_len, unknown
         self.neighbors, self.max_candidates = neighbors or {}, max_candidates
         specials = [getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "pad", "unk")]
@@ -775,17 +761,13 @@ class Vocabulary:
             return self.unk
         return pieces[0]
 
-    def candidate_words(self, word):
-        """The word, then its substitutes in the table's order, at most max_candidates in all. Of
-        words that share a token only the first is a candidate."""
-        first = {}  # token -> the first word that has it
+    def candidates(self, word):
+        """{token id: word}: the word, then its substitutes in the table's order, at most
+        max_candidates in all. Of words that share a token only the first is a candidate."""
+        first = {}
         for other in (word, *self.neighbors.get(word, ())):
             first.setdefault(self.token(other), other)
-        return list(first.values())[: self.max_candidates]
-
-    def candidates(self, word):
-        """The tuple of the token ids of candidate_words(word)."""
-        return tuple(map(self.token, self.candidate_words(word)))
+        return dict(list(first.items())[: self.max_candidates])
 
     def visible(self, words):
         """The words of an example that fit into max_len: the first ones; of a pair the premise,
@@ -810,7 +792,7 @@ class Vocabulary:
         *premise, last = self.visible(words)
         first = 1 + sum(len(text) + 1 for text in premise)  # after [CLS], the premise and its [SEP]
         choice = choice[first : first + len(last)]
-        chosen = [self.candidate_words(word)[k] if k else word for word, k in zip(last, choice)]
+        chosen = [list(self.candidates(word).values())[k] for word, k in zip(last, choice)]
         return (*premise, tuple(chosen))
 
     def encode(self, batch, hull=False):
@@ -836,7 +818,7 @@ class Vocabulary:
                 end = len(rows[b]) - 1  # the last [SEP]
                 rows_of_last = [row_of.setdefault(word, len(row_of)) for word in changeable]
                 index[b, end - len(last) : end] = rows_of_last
-            others = [self.candidates(word)[1:] if word else () for word in row_of]
+            others = [tuple(self.candidates(word))[1:] if word else () for word in row_of]
             counts = np.array(list(map(len, others)))
             K = 1 + counts.max()
             table = np.array([row + (self.pad,) * (K - 1 - len(row)) for row in others], np.int64)
@@ -876,12 +858,6 @@ def balanced_batches(y, lengths, batch_size, rng, window=50):
     # of a class that several processes cannot share equally the last texts are left out: these
     # should not always be the longest
     return [np.concatenate([rng.permutation(part) for part in batches[i]]) for i in order]
-
-
-def batches_by_length(lengths, batch_size):
-    """Lists of at most batch_size indices into `lengths`, with those of similar length together."""
-    order = np.argsort(lengths, kind="stable").tolist()
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 # ---- The toy task: reviews from a grammar --------------------------------------------------------

@@ -12,15 +12,10 @@ In Python, a finished run is a function from texts to class probabilities:
 In this file: loading encoders and finished runs; accuracy, clean and on the hull; attacking runs
 and keeping what is finished; the tables; the figures.
 """
-import os
 import signal
-import sys
 
-if __name__ == "__main__":
-    def stop(*_):
-        print("\neval.py: stopped", file=sys.stderr)
-        os._exit(130)
-    signal.signal(signal.SIGINT, stop)      # no traceback while the imports below take seconds
+if __name__ == "__main__":      # Ctrl-C without a traceback while the imports below take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import csv
@@ -31,6 +26,7 @@ import io
 import itertools
 import json
 import math
+import sys
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -122,12 +118,13 @@ def model_folder(name):
     raise InputError(f"model {name}: neither a folder nor a model that the hub gives ({problem})")
 
 
-def load_encoder(name_or_dir, complete=False):
+def load_encoder(name_or_dir, max_len=0, complete=False):
     """(encoder, tokenizer): a BERT or RoBERTa in float32, from safetensors, without remote code.
 
-    name_or_dir: a name on the hub or a folder; complete: a missing pooler is an error; otherwise it
-    starts at random, because RoBERTa's was never pre-trained. Raises InputError where files are
-    missing, damaged, of another kind of model, or of two models.
+    name_or_dir: a name on the hub or a folder; max_len: the most tokens that it has to read;
+    complete: a missing pooler is an error; otherwise it starts at random, because RoBERTa's was
+    never pre-trained. Raises InputError where files are missing, damaged, of another kind of model,
+    or of two models, and where the model has fewer positions than max_len.
     """
     folder, where = model_folder(name_or_dir), f"model {name_or_dir}"
     config = data.read_json(folder / "config.json")
@@ -158,19 +155,20 @@ def load_encoder(name_or_dir, complete=False):
     if lost:
         raise InputError(f"{where}: {len(lost)} tensors are missing or of the wrong shape, such as "
                          f"{min(lost)}")
-    data.check_tokenizer(tokenizer, where)
+    pieces = tokenizer(["the", "a", "film"], add_special_tokens=False)["input_ids"]
+    if {piece for word in pieces for piece in word} <= {tokenizer.unk_token_id}:
+        raise InputError(f"{where}: its tokenizer knows none of the words 'the', 'a' and 'film'; "
+                         "wanted the model's tokenizer.json or vocabulary beside its weights")
     config = encoder.config
     if len(tokenizer) > config.vocab_size or tokenizer.pad_token_id != config.pad_token_id:
         raise InputError(
             f"{where}: the tokenizer is another model's: {len(tokenizer)} tokens and padding "
             f"{tokenizer.pad_token_id}, the encoder has {config.vocab_size} and "
             f"{config.pad_token_id}")
+    longest = config.max_position_embeddings - rift.position_ids(encoder, 1).item()
+    if max_len > longest:
+        raise InputError(f"{where}: has positions for {longest} tokens, --max-len is {max_len}")
     return encoder, tokenizer
-
-
-def longest_input(encoder):
-    """The most tokens that the encoder has positions for."""
-    return encoder.config.max_position_embeddings - rift.position_ids(encoder, 1).item()
 
 
 # ---- A trained model as a function ---------------------------------------------------------------
@@ -205,9 +203,10 @@ class Victim:
         texts: N texts as words, see data.Example; hull: also the candidates, see
         data.Vocabulary.encode; bar: the name of a progress bar, without one there is no bar.
         """
-        lengths = [sum(map(len, text)) for text in texts]
-        batches = data.batches_by_length(lengths, self.batch_size)
-        for rows in tqdm(batches, bar, leave=False, disable=None if bar else True):
+        order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))
+        starts = range(0, len(order), self.batch_size)
+        for start in tqdm(starts, bar, leave=False, disable=None if bar else True):
+            rows = order[start:start + self.batch_size]
             batch = self.vocabulary.encode([texts[i] for i in rows], hull=hull)
             yield rows, {name: tensor.to(self.device) for name, tensor in batch.items()}
 
@@ -274,7 +273,7 @@ def load_run(folder, device=None, precision=None, batch_size=64, table=None):
         raise InputError(f"{folder}: the run is not finished; train.py --resume goes on with it")
     if not (folder / "encoder").is_dir():
         raise InputError(f"{folder / 'encoder'}: no such folder: not a finished run, or damaged")
-    encoder, tokenizer = load_encoder(folder / "encoder", complete=True)
+    encoder, tokenizer = load_encoder(folder / "encoder", s.max_len, complete=True)
     device = pick_device(device)
     precision = pick_precision(precision or s.precision, device)
     table = data.load_neighbors(folder / "neighbors.json") if table is None else table
@@ -284,13 +283,10 @@ def load_run(folder, device=None, precision=None, batch_size=64, table=None):
         missing, unexpected = model.load_state_dict(tensors, strict=False)
     except RuntimeError:                                                        # wrong shapes
         missing, unexpected = ["head"], []
-    if unexpected or any(not name.startswith(("encoder.", "teacher.")) for name in missing):
+    finite = all(p.isfinite().all() for p in model.parameters())
+    missing = [name for name in missing if not name.startswith(("encoder.", "teacher."))]
+    if missing or unexpected or not finite:
         raise InputError(f"{folder / 'model.safetensors'}: of another run, or damaged")
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise InputError(f"{folder}: its weights are not finite")
-    if s.max_len > longest_input(encoder):
-        raise InputError(f"{folder}: config.json has max_len {s.max_len}, the encoder positions "
-                         f"for {longest_input(encoder)} tokens: files of two runs")
     for part in (encoder.encoder, encoder.pooler):      # once, not at every call
         part.to(DTYPES[precision])
     vocabulary = data.Vocabulary(tokenizer, s.max_len, table, s.unknown_words, s.candidates)
@@ -743,14 +739,10 @@ def report(groups, args):
         methods = {first: methods[first]} | methods                     # the reference comes first
         if len(methods) < len(group):
             show("Mean and standard deviation over runs", seeds_table(methods, args.attacks))
-            pairs = [(f"{b} - {a}", methods[b], methods[a])
-                     for a, b in itertools.combinations(methods, 2)]
-            show(f"Differences of methods on the same texts {note}",
-                 differences_table(pairs, args.attacks))
-        elif len(group) > 1:
-            pairs = [(x.name, [x], methods[first]) for x in group if x not in methods[first]]
-            show(f"Differences to {methods[first][0].name} on the same texts {note}",
-                 differences_table(pairs, args.attacks))
+        pairs = [(f"{b} - {a}", methods[b], methods[a])
+                 for a, b in itertools.combinations(methods, 2)]
+        if pairs:
+            show(f"Differences on the same texts {note}", differences_table(pairs, args.attacks))
         for text in tradeoffs(group, args.attacks):
             print(text)
     for x in everything:

@@ -7,21 +7,18 @@
 Algorithm 1 is train(). All that is random in a step follows from the seed and the step's number: a
 run that was killed goes on from its last finished epoch to the same weights, bit for bit.
 """
-import os
 import signal
-import sys
 
-if __name__ == "__main__":
-    def stop(*_):
-        print("\ntrain.py: stopped", file=sys.stderr)
-        os._exit(130)
-    signal.signal(signal.SIGINT, stop)      # no traceback while the imports below take seconds
+if __name__ == "__main__":      # Ctrl-C without a traceback while the imports below take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import inspect
 import json
 import math
+import os
 import platform
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -98,7 +95,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
                 batch = vocabulary.encode([texts[i] for i in part], hull=adversarial)
                 batch = {name: tensor.to(device) for name, tensor in batch.items()}
                 # theta_s in the run's precision: cast once, for the search and the loss
-                theta = rift.weights_in(model.encoder, eval.DTYPES[s.precision])
+                theta = rift.weights_in(model.encoder, victim.dtype)
                 w = None
                 if adversarial:                                             # x^ = argmax KL
                     v = rift.noise(batch["subs"].shape, s.max_len).to(device)
@@ -540,10 +537,7 @@ def check_first(folders, s, resume, overwrite):
         data.remove(folder if new else folder / ".writable")
     if s.neighbors or s.task != "toy":
         data.find_neighbors(s.neighbors, s.data_dir)
-    encoder, _ = eval.load_encoder(s.model)
-    if s.max_len > eval.longest_input(encoder):
-        raise InputError(f"--max-len {s.max_len}: {s.model} has positions for "
-                         f"{eval.longest_input(encoder)} tokens")
+    eval.load_encoder(s.model, s.max_len)
 
 
 @eval.command

@@ -214,19 +214,20 @@ class Case:
     def __init__(self, args, name):
         self.args, self.name, self.device = args, name, eval.pick_device(args.device)
         _, self.s = train.parse(["--task", name, "--adv-steps", str(args.adv_steps)])
-        encoder, self.tokenizer = eval.load_encoder(args.model) if args.model else random_encoder()
-        words = {token.removeprefix("Ġ") for token in self.tokenizer.get_vocab()}
-        self.words = sorted(x for x in words if x.isascii() and x.isalpha() and x.islower())[:900]
+        encoder, tokenizer = eval.load_encoder(args.model) if args.model else random_encoder()
         C, parts, length = {"imdb": (2, 1, 200), "snli": (3, 2, 12)}[name]
         if args.data_dir:
             table = data.load_neighbors("counterfitted_neighbors.json", args.data_dir)
             task = data.load_task(name, args.data_dir, **TEXTS[name])
             self.train, self.test = task.train, task.test
-        else:           # from none to eight substitutes
-            table = {x: self.words[i + 1:i + 1 + i % 9] for i, x in enumerate(self.words)}
-            self.train, _, self.test = (random_examples(self.words, C, n, length, parts)
+        else:
+            words = {token.removeprefix("Ġ") for token in tokenizer.get_vocab()}
+            words = sorted(x for x in words if x.isascii() and x.isalpha() and x.islower())[:900]
+            # from none to eight substitutes
+            table = {x: words[i + 1:i + 1 + i % 9] for i, x in enumerate(words)}
+            self.train, _, self.test = (random_examples(words, C, n, length, parts)
                                         for n in TEXTS[name].values())
-        self.vocabulary = data.Vocabulary(self.tokenizer, self.s.max_len, table)
+        self.vocabulary = data.Vocabulary(tokenizer, self.s.max_len, table)
         self.texts = [self.vocabulary.visible(x.words) for x in self.train]
         self.y = torch.tensor([x.y for x in self.train], device=self.device)
         torch.manual_seed(0)
@@ -491,36 +492,6 @@ def memory(case):
                        "attention": case.kernel}}
 
 
-# ---- How the cost grows --------------------------------------------------------------------------
-
-BASE = dict(length=64, batch=16, steps=5, candidates=4)
-GROWTH = dict(length=(32, 64, 128, 256, 512), batch=(8, 16, 32, 64), steps=(0, 5, 10, 20),
-              candidates=(2, 4, 8, 16))
-
-
-def scaling(case):
-    """Prints the seconds of our step over each of length, batch, search steps and candidates, the
-    others as in BASE; every word has candidates. Returns {name: {"fp32_s": .., "bf16_s": ..}}."""
-    base, rows = ", ".join(f"{what} {value}" for what, value in BASE.items()), {}
-    print(f"\nseconds of our step, all but the named at {base}\n{'':16}{'fp32':>10}{'bf16':>10}")
-    case.model.train()
-    for what, value in [(what, value) for what in GROWTH for value in GROWTH[what]]:
-        L, B, case.s.adv_steps, K = (BASE | {what: value}).values()
-        case.s.max_len, case.s.candidates = L, K
-        table = {x: (case.words * 2)[i + 1:i + K] for i, x in enumerate(case.words)}
-        case.vocabulary = data.Vocabulary(case.tokenizer, L, table, max_candidates=K)
-        examples = random_examples(case.words, 2, B, 4 * L)
-        case.texts = [case.vocabulary.visible(x.words) for x in examples]       # L tokens each
-        case.y = torch.tensor([x.y for x in examples], device=case.device)
-        rows[f"scaling/{what}/{value}"] = r = {}
-        for precision in ("fp32", "bf16"):
-            case.teach(range(B), precision)
-            case.ours(range(4), precision)                                      # warm-up
-            r[f"{precision}_s"], _ = case.seconds(case.ours, range(B), precision)
-        print(f"{what:12}{value:4}{r['fp32_s']:10.3f}{r['bf16_s']:10.3f}", flush=True)
-    return rows
-
-
 # ---- The command line ----------------------------------------------------------------------------
 
 # memory is the last one: it makes malloc slower
@@ -546,7 +517,6 @@ def parse(argv):
     flag("--num-clean", type=int, default=300, metavar="N", help="reviews in clean evaluation")
     flag("--attack-examples", type=int, default=3, metavar="N",
          help="reviews for pwws; a third as many for genetic")
-    flag("--scaling", action="store_true", help="also how the cost of our step grows")
     args = p.parse_args(argv)
     if unknown := set(args.parts) - set(PARTS):
         p.error(f"{', '.join(sorted(unknown))}: has to be one of {', '.join(PARTS)}")
@@ -575,8 +545,6 @@ def main(argv):
                 print(f"{name:21}{r['ratio']:8.2f}x{''.join(sides)}   {agrees:8}{r['attention']}",
                       flush=True)
             rows |= found
-    if args.scaling:
-        rows |= scaling(imdb)
     if args.json:
         data.write_json(args.json, rows)
 
