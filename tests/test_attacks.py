@@ -8,10 +8,8 @@
 - any callable that gives class probabilities can be attacked; anything else is refused;
 - the language-model constraint keeps exactly the candidates within the threshold.
 """
-import io
 import json
 import shutil
-import sys
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -23,8 +21,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import attacks
+import data
 from attacks import (CausalLM, Result, attack, genetic, lm_constraint, margin, pwws, read_lm_scores,
-                     replace, scores_constraint)
+                     scores_constraint)
 from tests import golden
 
 VOCABULARY = [f"w{k}" for k in range(40)]
@@ -64,10 +63,11 @@ def random_table(rng):
     return {w: some(w) for w in VOCABULARY if rng.random() < 0.65}
 
 
-def random_case(seed, C=2, N=12, longest=9):
+def random_case(seed, C=2, N=12, longest=9, premise=()):
     """A victim, N texts with its own predictions as their labels, and a table."""
     rng, victim = np.random.default_rng(seed), BagOfWords(seed, C)
     texts = [" ".join(rng.choice(VOCABULARY, rng.integers(1, longest + 1))) for _ in range(N)]
+    texts = [(*premise, text) for text in texts] if premise else texts
     examples = [(i, text, label(victim, text)) for i, text in enumerate(texts)]
     victim.batches.clear()
     return victim, examples, random_table(rng)
@@ -94,14 +94,18 @@ def drive(steps, probabilities):
 
 
 @ATTACKS
-@pytest.mark.parametrize("C", [2, 3])
-def test_words_change_only_into_a_synonym_and_success_means_that_the_victim_is_wrong(method, C):
+@pytest.mark.parametrize("premise", [(), (" ".join(VOCABULARY[:9]),)], ids=["text", "pair"])
+def test_words_change_only_into_a_synonym_and_success_means_that_the_victim_is_wrong(
+        method, premise):
+    """Two classes, or three of pairs, whose premises never change."""
     verdicts = set()
     for seed in range(3):
-        victim, examples, table = random_case(seed, C)
+        victim, examples, table = random_case(seed, C=2 + len(premise), premise=premise)
         for r, (_, text, y) in zip(run(victim, examples, method, table), examples):
-            before, after = text.split(), r.adversarial.split()
-            assert r.original == text and len(before) == len(after)
+            *same, after = r.adversarial if premise else [r.adversarial]
+            assert r.original == text and tuple(same) == premise
+            before, after = (text[-1] if premise else text).split(), after.split()
+            assert len(before) == len(after)
             assert all(v == w or w in table.get(v, []) for v, w in zip(before, after))
             assert r.words_changed == sum(v != w for v, w in zip(before, after))
             assert r.substitutable == sum(w in table for w in before)
@@ -112,9 +116,8 @@ def test_words_change_only_into_a_synonym_and_success_means_that_the_victim_is_w
 
 
 @ATTACKS
-@pytest.mark.parametrize("seed", range(3))
-def test_queries_are_the_texts_sent_and_no_text_is_sent_twice(method, seed):
-    victim, examples, table = random_case(seed)
+def test_queries_are_the_texts_sent_and_no_text_is_sent_twice(method):
+    victim, examples, table = random_case(0)
     examples = [e for e in examples if any(w in table for w in e[1].split())]
     for example in examples:
         victim.batches.clear()
@@ -140,22 +143,9 @@ def test_a_result_depends_on_the_seed_and_the_example_alone(method):
 def test_another_seed_and_another_index_are_another_genetic_attack():
     victim, examples, table = random_case(3)
     _, text, y = max(examples, key=lambda example: len(example[1]))
-    results = [r for seed in range(2) for r in run(victim, [(i, text, y) for i in range(8)],
-                                                   small_genetic, table, seed=seed)]
-    assert len({r.queries for r in results[:8]}) > 1
-    assert [r.queries for r in results[:8]] != [r.queries for r in results[8:]]
-
-
-@ATTACKS
-def test_the_premise_of_a_pair_never_changes(method):
-    rng, victim = np.random.default_rng(0), BagOfWords(0, C=3)
-    table = {w: ["w0", "w1", "w2"] for w in VOCABULARY[3:]}  # the premise's words have synonyms too
-    pairs = [tuple(" ".join(rng.choice(VOCABULARY, 5)) for _ in range(2)) for _ in range(10)]
-    examples = [(i, pair, label(victim, pair)) for i, pair in enumerate(pairs)]
-    results = run(victim, examples, method, table)
-    assert all(result.adversarial[0] == pair[0] for result, pair in zip(results, pairs))
-    assert any(result.adversarial[1] != pair[1] for result, pair in zip(results, pairs))
-    assert all(type(text) is tuple and len(text) == 2 for text in victim.asked)
+    queries = [[r.queries for r in run(victim, [(i, text, y) for i in range(8)], small_genetic,
+                                       table, seed=seed)] for seed in range(2)]
+    assert len(set(queries[0])) > 1 and queries[0] != queries[1]
 
 
 def test_a_misclassified_example_is_not_attacked():
@@ -165,7 +155,7 @@ def test_a_misclassified_example_is_not_attacked():
         Result(0, "a", 1 - y, "w1 w3", "w1 w3", False, y, 0, 1, correct=False, substitutable=1)]
 
 
-@pytest.mark.parametrize("text", ["", "w1", "w2 w2 w2", ("w1 w1", ""), ("w3", "W3")])
+@pytest.mark.parametrize("text", ["", "w2 w2 w2", ("w3", "W3")])
 def test_nothing_to_substitute_survives_and_is_warned_of_once(text):
     victim = BagOfWords(0)
     victim.weight["W3"] = victim.zero
@@ -176,27 +166,6 @@ def test_nothing_to_substitute_survives_and_is_warned_of_once(text):
     for r in results:
         assert (r.success, r.correct, r.queries, r.adversarial) == (False, True, 1, text)
         assert r.substitutable == 0
-
-
-def random_search(words, y, synonyms, rng, tries=50):
-    """Change every word at random until the victim is fooled: an attack as a student writes it."""
-    for _ in range(tries):
-        text = tuple(rng.choice([w, *candidates]) for w, candidates in zip(words, synonyms))
-        P = yield [text]
-        if P[0].argmax() != y:
-            return text
-    return words
-
-
-def test_another_attack_is_one_function():
-    victim, examples, table = random_case(0)
-    results = run(victim, examples, random_search, table)
-    assert {result.success for result in results} == {True, False}
-    assert results[0].attack == "random_search"
-    assert all(r.prediction == label(victim, r.adversarial) for r in results)
-    few = run(victim, examples, partial(random_search, tries=1), table)
-    assert all(result.queries <= 2 for result in few)
-    assert json.dumps([vars(result) for result in results])
 
 
 # ---- PWWS ----------------------------------------------------------------------------------------
@@ -316,24 +285,14 @@ def test_a_mutation_tries_the_original_word_whatever_the_text_holds_there():
 
 
 @ATTACKS
-@pytest.mark.parametrize("premise", [(), ("w0 w1 w2 w3 w4",)], ids=["text", "pair"])
-def test_words_behind_those_that_the_victim_sees_make_no_difference(method, premise):
+def test_words_behind_those_that_the_victim_sees_make_no_difference(method):
     """The victim sees 13 words, and behind them are 200 that could be swapped."""
     rng, table = np.random.default_rng(0), {w: ["w0", "w1", "w2"] for w in VOCABULARY[25:]}
-    bag = BagOfWords(1, scale=0.3)
-
-    def text(words):
-        return (*premise, " ".join(words)) if premise else " ".join(words)
-
-    def cut(text):
-        return (text[0], cut(text[1])) if isinstance(text, tuple) else " ".join(text.split()[:13])
-
-    def victim(texts):
-        return bag([cut(text) for text in texts])
-
-    texts = [text(rng.choice(VOCABULARY[5:], 213)) for _ in range(20)]
-    long = [(i, x, label(victim, x)) for i, x in enumerate(texts)]
-    expected = run(bag, [(i, cut(x), y) for i, x, y in long], method, table)
+    bag, cut = BagOfWords(1, scale=0.3), lambda text: " ".join(text.split()[:13])
+    victim = lambda texts: bag(list(map(cut, texts)))
+    texts = [" ".join(rng.choice(VOCABULARY[5:], 213)) for _ in range(20)]
+    long = [(i, text, label(victim, text)) for i, text in enumerate(texts)]
+    expected = run(bag, [(i, cut(text), y) for i, text, y in long], method, table)
     assert {r.success for r in expected} == {True, False}
     by_number = run(victim, long, method, table, max_words=13)
     victim.visible = lambda text: 13
@@ -348,16 +307,9 @@ def test_words_behind_those_that_the_victim_sees_make_no_difference(method, prem
 @ATTACKS
 def test_an_example_that_has_used_up_its_queries_survived(method):
     victim, examples, table = random_case(0)
-    free, stopped, closed = run(victim, examples, method, table, name="a"), 0, []
-
-    def watched(*args):
-        try:
-            return (yield from method(*args))
-        finally:
-            closed.append(True)
-
+    free, stopped = run(victim, examples, method, table), 0
     for max_queries in (1, 2, 10, 30, 1000):
-        limited = run(victim, examples, watched, table, name="a", max_queries=max_queries)
+        limited = run(victim, examples, method, table, max_queries=max_queries)
         for r, f in zip(limited, free):
             if f.queries <= max_queries:
                 assert r == f
@@ -366,31 +318,24 @@ def test_an_example_that_has_used_up_its_queries_survived(method):
                 assert r.queries == max_queries and r.adversarial == r.original
                 assert not r.success and r.correct and r.prediction == r.label
     assert limited == free and stopped > 20
-    assert len(closed) == 5 * sum(r.substitutable > 0 for r in free)
 
 
 def test_only_four_batches_of_texts_an_example_are_alive():
     """PWWS on n words wants more than n texts of n words: they are made as they are sent."""
-    made = answered = most = 0
-
-    def counted(*args):
-        nonlocal made
-        made += 1
-        return replace(*args)
+    made, answered, alive = [], [], []
 
     def victim(texts):
-        nonlocal answered, most
-        most = max(most, made - answered)
-        answered += len(texts)
+        alive.append(len(made) - len(answered))
+        answered.extend(texts)
         return np.tile([0.4, 0.6], (len(texts), 1))
 
-    examples = [(i, " ".join(f"{i}x{k}" for k in range(300)), 1) for i in range(4)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attacks, "replace", counted)
-        results = run(victim, examples, pwws, lambda index, words: [[w + "y"] for w in words],
-                      batch_size=8, in_flight=3)
-    assert all(r.queries == 1 + 300 + 300 + 299 for r in results)  # one candidate is applied first
-    assert most <= 4 * 8 * 3
+    def own_attack(words, y, synonyms, rng):
+        yield (made.append(i) or (f"v{i}",) for i in range(300))
+        return words
+
+    result, = run(victim, [(0, "w1", 1)], own_attack, {"w1": ["w2"]}, batch_size=8)
+    assert result.attack == "own_attack" and result.queries == len(answered) == 1 + 300
+    assert max(alive) <= 4 * 8
 
 
 def test_limits_and_populations_that_leave_nothing_to_do_are_refused():
@@ -422,12 +367,11 @@ def test_examples_are_read_as_they_are_needed():
     assert len(list(islice(results, 10))) == 10 and len(read) <= 10 + 4
 
 
-@pytest.mark.parametrize("as_key", [str, str.encode], ids=["str", "bytes"])
-def test_texts_that_the_model_sees_as_one_are_asked_once_and_are_equal(as_key):
+def test_texts_that_the_model_sees_as_one_are_asked_once_and_are_equal():
     bag = BagOfWords(1)
     seen = lambda text: " ".join(text.replace("w0", "w1").split()[:2])  # w0 and w1 are the same
     victim = lambda texts: bag([seen(text) for text in texts])
-    victim.key = lambda text: as_key(seen(text))
+    victim.key = lambda text: seen(text).encode()
     table = {"w2": ["w0", "w1"], "w4": ["w5", "w6"]}
     result, = run(victim, [(0, "w2 w3 w4", label(BagOfWords(1), "w2 w3"))], pwws, table)
     assert result.queries == len(bag.asked) == len(set(bag.asked))
@@ -435,60 +379,46 @@ def test_texts_that_the_model_sees_as_one_are_asked_once_and_are_equal(as_key):
     assert result.adversarial.split()[0] == "w1"  # exactly equal, so the last of equals
 
 
-@pytest.mark.parametrize("wrong", [[], [["a"]], [["a"]] * 3, ["a", ["a"]]])
+@pytest.mark.parametrize("wrong", [[["a"]], [["a"]] * 3, ["a", ["a"]]])
 def test_synonyms_that_are_not_a_list_for_each_word_are_refused(wrong):
     """Also by the functions alone: of a string the letters would be taken for words."""
     words, victim = ("w1", "w2"), BagOfWords(0)
     example = 0, "w1 w2", label(victim, "w1 w2")
     for call in (lambda: run(victim, [example], pwws, lambda index, words: wrong),
                  lambda: drive(pwws(words, 1, wrong), additive({})),
-                 lambda: next(genetic(words, 1, wrong, np.random.default_rng(0))),
-                 lambda: lm_constraint(words, wrong, len),
                  lambda: scores_constraint(words, wrong, {})):
         with pytest.raises(ValueError, match="'w1 w2' has 2 words.*expected 2 lists"):
             call()
 
 
-def test_progress_shows_robust_accuracy_on_a_terminal_and_nothing_in_a_log(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    victim, examples, table = random_case(0)
-    for stream, drawn in [(Terminal(), True), (io.StringIO(), False)]:
-        monkeypatch.setattr(sys, "stderr", stream)
-        results = list(attack(victim, examples, pwws, table, name="PWWS"))
-        robust = np.mean([r.correct and not r.success for r in results])
-        for part in ("PWWS", "/12", f"robust {robust:.1%}"):
-            assert (part in stream.getvalue()) == drawn
-
-
 @pytest.mark.parametrize("output, message", [
-    (lambda N: np.zeros(N), "shape"),
     (lambda N: np.ones((N, 1)), "shape"),
     (lambda N: np.full((N + 1, 2), 0.5), "shape"),
     (lambda N: np.full((N, 2), np.nan), "nan"),
-    (lambda N: np.tile([np.inf, 0.5], (N, 1)), "inf"),
     (lambda N: np.tile([1.5, -0.5], (N, 1)), "softmax"),
     (lambda N: np.full((N, 2), 0.51), "softmax"),
-    (lambda N: ["positive"] * N, "no array of numbers"),
     (lambda N: [[0.5, 0.5]] * (N - 1) + [[1.0]], "no array of numbers"),
     (lambda N: None, "shape"),
 ])
 def test_a_victim_without_a_probability_per_class_is_refused(output, message):
     with pytest.raises(ValueError, match=message) as error:
         run(lambda texts: output(len(texts)), [(0, "w1", 0), (1, "w2", 0)], pwws, {})
-    assert "\n" not in str(error.value) and "(2, C)" in str(error.value)
+    assert "(2, C)" in str(error.value)
 
 
-@pytest.mark.parametrize("y", [2, -1, True, np.True_, torch.tensor(True), 1.0, torch.tensor(1.0),
-                               "pos", "1", None, [1]])
-def test_a_label_that_is_no_class_is_refused(y):
-    with pytest.raises(ValueError, match="example 7 has label .*: expected an integer from 0 to 1"):
-        run(BagOfWords(0), [(7, "w1", y)], pwws, {})
+@pytest.mark.parametrize("labels, y, message", [
+    *[(None, y, "example 7 has label .*: expected an integer from 0 to 1")
+      for y in (2, -1, torch.tensor(True), 1.0, "1")],
+    (["neg", "pos"], "good", r"label 'good': expected .* or one of \['neg', 'pos'\]"),
+    (["neg", "pos", "neutral"], 0, "returns 2 probabilities .* 'neutral'.*expected 2")])
+def test_a_label_that_is_no_class_is_refused(labels, y, message):
+    victim = BagOfWords(0)
+    victim.labels = labels
+    with pytest.raises(ValueError, match=message):
+        run(victim, [(7, "w1", y)], pwws, {})
 
 
-@pytest.mark.parametrize("kind", [int, np.int64, np.uint8, torch.tensor, {0: "neg", 1: "pos"}.get])
+@pytest.mark.parametrize("kind", [int, np.uint8, torch.tensor, {0: "neg", 1: "pos"}.get])
 def test_a_label_may_be_an_integer_of_any_kind_or_a_name_and_results_are_plain(kind):
     victim, examples, table = random_case(4)
     expected = run(victim, examples, pwws, table)
@@ -499,18 +429,8 @@ def test_a_label_may_be_an_integer_of_any_kind_or_a_name_and_results_are_plain(k
     assert {type(value) for r in results for value in vars(r).values()} == {int, bool, str}
 
 
-def test_the_labels_of_a_victim_are_compared():
-    victim = BagOfWords(0)
-    victim.labels = ["neg", "pos"]
-    with pytest.raises(ValueError, match=r"label 'good': expected .* or one of \['neg', 'pos'\]"):
-        run(victim, [(0, "w1", "good")], pwws, {})
-    victim.labels = ["neg", "pos", "neutral"]
-    with pytest.raises(ValueError, match="returns 2 probabilities .* 'neutral'.*expected 2"):
-        run(victim, [(0, "w1", 0)], pwws, {})
-
-
-@pytest.mark.parametrize("form", [np.ndarray.tolist, np.float32, torch.tensor,
-                                  lambda P: torch.tensor(P, requires_grad=True).bfloat16()])
+@pytest.mark.parametrize("form", [
+    np.ndarray.tolist, lambda P: torch.tensor(P, requires_grad=True).bfloat16()])
 def test_probabilities_may_be_a_list_an_array_or_a_tensor(form):
     P = BagOfWords(0, C=3)(VOCABULARY)
     ours = attacks.check_probabilities(form(P), len(P))
@@ -532,7 +452,6 @@ def test_the_constraint_keeps_the_candidates_within_the_threshold():
     assert lm_constraint(("a", "b", "b"), synonyms, log_p) == [["x", "z"], [], ["z", "b"]]
     assert len(calls) == 1 and len(calls[0]) == 8
     assert lm_constraint(("a", "b", "b"), synonyms, log_p, threshold=1) == [["z"], [], ["z"]]
-    assert lm_constraint(("a",), [[]], None) == [[]]
     with pytest.raises(ValueError, match=r"shape \(7,\): expected \(8,\)"):
         lm_constraint(("a", "b", "b"), synonyms, lambda windows: log_p(windows)[:-1])
 
@@ -563,12 +482,10 @@ def test_published_scores_constrain_like_a_model(tmp_path):
 
 
 @pytest.mark.parametrize("members, good", [
-    (["in/s.txt", "README"], True), (["README"], False),
-    (["imdb.txt", "snli.txt"], True), (["a.txt", "b.txt"], False)])
+    (["in/s.txt", "README"], True), (["imdb.txt", "snli.txt"], True), (["README"], False)])
 def test_the_score_file_may_be_in_a_zip_or_a_folder(tmp_path, members, good):
     for member in members:
-        (tmp_path / "scores" / member).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "scores" / member).write_text(SCORES)
+        data.write_atomically(tmp_path / "scores" / member, SCORES)
     packed = shutil.make_archive(tmp_path / "packed", "zip", tmp_path / "scores")
     for path in (tmp_path / "scores", packed):
         if good:
@@ -578,17 +495,14 @@ def test_the_score_file_may_be_in_a_zip_or_a_folder(tmp_path, members, good):
                 read_lm_scores(path, task="imdb")
 
 
-@pytest.mark.parametrize("line", [b"0\t1\tgood", b"0\t1\tgood\tmany", b"0\tone\tgood\t-1", b"x",
-                                  b"0\t4\tgood\t-1", b"0\t-1\tgood\t-1", b"3\t1\tgood\t-1",
-                                  b"0\t1\tgo\xff\t-1", b"0\t1\tgood\t-1\t-2"])
+@pytest.mark.parametrize("line", [b"0\t1\tgood", b"0\t1\tgood\tmany", b"0\t-1\tgood\t-1",
+                                  b"0\t4\tgood\t-1", b"3\t1\tgood\t-1", b"0\t1\tgo\xff\t-1"])
 def test_a_line_of_the_wrong_shape_is_named(tmp_path, line):
     file = tmp_path / "scores.txt"
     for n, before in [(1, b""), (3, b"0\ta good film .\n0\t1\tgood\t-10\n")]:  # 1: no sentence yet
         file.write_bytes(before + line + b"\n")
-        right = f"scores.txt, line {n}: .*should be 'index TAB sentence'"
-        with pytest.raises(ValueError, match=right) as error:
+        with pytest.raises(ValueError, match=f"scores.txt, line {n}: .*'index TAB sentence'"):
             read_lm_scores(file)
-        assert "\n" not in str(error.value)
 
 
 def save_gpt2(folder, n_positions, **special):
@@ -637,22 +551,11 @@ GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "pwws_a.jso
 
 
 @pytest.mark.skipif(not GOLDEN.exists(), reason="the recorded cases are not here")
-def test_the_attacks_return_what_the_authors_code_returns():
-    recorded = json.loads(GOLDEN.read_text())["cases"]
-    for case, ours in zip(recorded, golden.attack_cases(GOLDEN)["cases"], strict=True):
+def test_the_attacks_return_what_the_authors_code_returns(capsys):
+    """And `python -m tests.golden` prints them, as one JSON object."""
+    golden.main([str(GOLDEN)])
+    printed = json.loads(capsys.readouterr().out)["cases"]
+    for case, ours in zip(json.loads(GOLDEN.read_text())["cases"], printed, strict=True):
         for key in ("adv", "success", "genetic_robust"):
             assert ours[key] == case[key]
         assert ours["queries"] <= case["queries"]
-
-
-def test_the_golden_command_prints_one_json_object(tmp_path, capsys):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "golden").mkdir()
-    table = tmp_path / "data" / "counterfitted_neighbors.json"
-    table.write_text(json.dumps({"good": ["fine", "great"]}))
-    path, case = tmp_path / "golden" / "case.json", {"text": "a good film", "y": 1}
-    path.write_text(json.dumps({"scale": 1.0, "bias": 5.0, "cases": [case]}))
-    golden.main([str(path)])
-    printed, = json.loads(capsys.readouterr().out)["cases"]
-    assert printed["adv"] in ("a fine film", "a great film") and not printed["success"]
-    assert printed["genetic_robust"] and printed["queries"] == 1 + 3 + 2
