@@ -8,19 +8,17 @@
 - Batches: every class equally often, each example at most once.
 """
 import errno
-import gzip
 import hashlib
-import http.server
 import io
 import json
 import random
-import shutil
 import tarfile
-import threading
 import zipfile
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
+from urllib.error import HTTPError
 
 import nltk
 import numpy as np
@@ -33,7 +31,6 @@ import data
 import train
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real files are not here")
 
 
 @pytest.fixture(scope="session")
@@ -60,81 +57,55 @@ def full(*args, **kwargs):
 BODY = random.Random(0).randbytes(300_000)
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """Serves BODY in the manner that the path names; /break and /busy fail the first two times."""
+class Reply(io.BytesIO):
+    """What a server sends of a body: all of it, or only so many bytes."""
 
-    served = Counter()
-
-    def do_GET(self):
-        manner = self.path.split("/")[1]
-        Server.served[self.path] += 1
-        first = Server.served[self.path] <= 2
-        if manner == "missing":
-            return self.send_error(404)
-        if manner == "busy" and first:
-            return self.send_error(503)
-        body = {"html": b" <!DOCTYPE html><p>sign in", "wrong": b"x" * 1000}.get(manner, BODY)
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        cut = manner == "alwaysbreak" or (manner == "break" and first)
-        self.wfile.write(body[:1000] if cut else body)
-
-    def log_message(self, *args):
-        pass
+    def __init__(self, body, sent=None):
+        super().__init__(body[:sent])
+        self.headers = {"Content-Length": len(body)}
 
 
-@pytest.fixture
-def server():
-    Server.served.clear()
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=httpd.serve_forever, args=[0.01], daemon=True).start()
-    yield f"http://127.0.0.1:{httpd.server_address[1]}"
-    httpd.shutdown()
-    httpd.server_close()
+def answer(monkeypatch, *replies):
+    """The next downloads get these replies; an exception is raised."""
+    monkeypatch.setattr(data.urllib.request, "urlopen", Mock(side_effect=replies))
 
 
-@pytest.mark.parametrize("manner", ["fine", "break", "busy"])
-def test_a_download_is_complete_also_after_a_broken_connection(server, tmp_path, manner):
+def test_a_download_is_complete_also_after_a_broken_connection(tmp_path, monkeypatch):
+    busy = HTTPError("http://x", 503, "busy", {}, None)
+    answer(monkeypatch, Reply(BODY, 1000), busy, Reply(BODY))
     path = tmp_path / "new" / "file.bin"
-    data.download(f"{server}/{manner}/x", path, hashlib.md5(BODY).hexdigest(), pause=0.01)
+    data.download("http://x", path, hashlib.md5(BODY).hexdigest(), pause=0.01)
     assert path.read_bytes() == BODY
     assert [p.name for p in path.parent.iterdir()] == ["file.bin"]
 
 
-@pytest.mark.parametrize("manner, md5, message", [
-    ("html", None, "HTML page"),
-    ("wrong", "0" * 32, "wrong checksum"),
-    ("alwaysbreak", None, "the connection broke after 1000 of 300000"),
-    ("missing", None, "Error 404"),
+@pytest.mark.parametrize("replies, message", [
+    ([Reply(b" <!DOCTYPE html><p>sign in") for _ in range(4)], "HTML page"),
+    ([Reply(b"x") for _ in range(4)], "wrong checksum"),
+    ([Reply(BODY, 1000) for _ in range(4)], "the connection broke after 1000 of 300000"),
+    ([HTTPError("http://x", 404, "not found", {}, None)], "Error 404"),  # is not tried again
 ])
 def test_a_failed_download_keeps_what_was_there_and_says_where_to_put_the_file(
-        server, tmp_path, manner, md5, message):
+        tmp_path, monkeypatch, replies, message):
+    answer(monkeypatch, *replies)
     (tmp_path / "a.bin").write_bytes(b"old")
-    with pytest.raises(data.InputError, match=message) as error:
-        data.download(f"{server}/{manner}/x", tmp_path / "a.bin", md5, pause=0.01)
-    assert server in str(error.value) and str(tmp_path / "a.bin") in str(error.value)
-    assert "\n" not in str(error.value)
+    with pytest.raises(data.InputError, match=f"{message}.* put it at {tmp_path}/a.bin"):
+        data.download("http://x", tmp_path / "a.bin", "0" * 32, pause=0.01)
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
 
 
-def test_a_full_disk_is_not_blamed_on_the_server(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(data.InputError, match=f"^{tmp_path}/a: cannot be written .No space left"):
-        data.download(f"{server}/fine/x", tmp_path / "a")
-    assert sum(Server.served.values()) == 1
-
-
 def test_what_is_missing_is_downloaded_into_the_cache_and_data_dir_is_not_written(
-        server, tmp_path, cache, monkeypatch):
-    source = ("file.bin", "folder", f"{server}/fine/x", hashlib.md5(BODY).hexdigest())
-    monkeypatch.setitem(data.RESOURCES, "imdb", source)
+        tmp_path, cache, monkeypatch):
+    """The archive comes first: a folder beside it may be unpacked only partly."""
+    answer(monkeypatch, Reply(BODY))
+    monkeypatch.setitem(data.RESOURCES, "imdb", ("file.bin", "folder", "http://x", None))
     mine = tmp_path / "mine"
     mine.mkdir()
     assert data.locate("imdb", mine) == cache / "file.bin"
     assert list(mine.iterdir()) == []
-    (mine / "folder").mkdir()
-    assert data.locate("imdb", mine) == mine / "folder"
+    for name in ("folder", "file.bin"):
+        (mine / name).mkdir()
+        assert data.locate("imdb", mine) == mine / name
 
 
 def make_tar(path, *members):
@@ -143,15 +114,13 @@ def make_tar(path, *members):
         for name, kind, target in members:
             info = tarfile.TarInfo(name)
             info.type, info.linkname, info.mode = kind, target, 0o666
-            info.size = 7 if kind == tarfile.REGTYPE else 0
-            tar.addfile(info, io.BytesIO(b"content"[: info.size]))
+            tar.addfile(info)
 
 
 @pytest.mark.parametrize("member", [
-    ("../evil", tarfile.REGTYPE, ""), ("a/../../evil", tarfile.REGTYPE, ""),
-    ("/evil", tarfile.REGTYPE, ""), ("evil", tarfile.SYMTYPE, "../outside"),
+    ("../evil", tarfile.REGTYPE, ""), ("/evil", tarfile.REGTYPE, ""),
     ("evil", tarfile.SYMTYPE, "/etc/passwd"), ("evil", tarfile.LNKTYPE, "../outside"),
-    ("evil", tarfile.FIFOTYPE, ""), ("evil", tarfile.CHRTYPE, ""),
+    ("evil", tarfile.FIFOTYPE, ""),
 ])
 def test_unpacking_never_leaves_its_folder_and_makes_no_links_or_devices(tmp_path, cache, member):
     make_tar(tmp_path / "a.tar.gz", ("good", tarfile.REGTYPE, ""), member)
@@ -164,13 +133,6 @@ def test_unpacking_never_leaves_its_folder_and_makes_no_links_or_devices(tmp_pat
     assert member[1] == tarfile.REGTYPE or files == {"good"}
 
 
-def test_zip_members_never_leave_their_folder(tmp_path, cache):
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        for name in ("good", "../evil", "/evil"):
-            archive.writestr(name, "content")
-    assert [p.name for p in data.unpack(tmp_path / "a.zip").rglob("*")] == ["good"]
-
-
 def test_unpacked_files_are_private_and_unpacked_once(tmp_path):
     make_tar(tmp_path / "a.tar.gz", ("d/good", tarfile.REGTYPE, ""))
     out = data.unpack(tmp_path / "a.tar.gz")
@@ -180,14 +142,6 @@ def test_unpacked_files_are_private_and_unpacked_once(tmp_path):
     assert data.unpack(tmp_path / "a.tar.gz") == out and (out / "d/good").read_text() == "mine"
     make_tar(tmp_path / "a.tar.gz", ("other", tarfile.REGTYPE, ""))
     assert data.unpack(tmp_path / "a.tar.gz") != out
-
-
-def test_a_full_cache_is_named_instead_of_the_archive(tmp_path, cache, monkeypatch):
-    make_tar(tmp_path / "a.tar.gz", ("good", tarfile.REGTYPE, ""))
-    monkeypatch.setattr(shutil, "unpack_archive", full)
-    with pytest.raises(data.InputError, match=f"^{cache}/a-.*cannot be written .No space left"):
-        data.unpack(tmp_path / "a.tar.gz")
-    assert list(cache.iterdir()) == []
 
 
 def test_writing_keeps_the_old_file_when_the_new_one_cannot_be_written(tmp_path, monkeypatch):
@@ -207,29 +161,19 @@ def test_files_of_a_run_come_back_or_are_refused_in_one_line(tmp_path):
     path.write_text('{"a": 1}\n{"a": 2}\n{"a": 3')  # its writer was killed
     assert data.read_lines(path) == [{"a": 1}, {"a": 2}] and data.read_lines(tmp_path / "no") == []
     path.write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
-    with pytest.raises(data.InputError, match="file: not a file of this project, or damaged"):
+    with pytest.raises(data.InputError, match=f"file: {data.NOT_OURS}"):
         data.read_lines(path)
     data.save_tensors(path, tensors, {"epoch": 3})
     loaded, about = data.load_tensors(path)
     assert torch.equal(loaded["w"], tensors["w"]) and about == {"epoch": 3}
     whole = path.read_bytes()
-    for content in (b"", b"[1]", whole[:-5], whole[:40], b"x" * 100):
-        path.write_bytes(content)
-        for read in (data.read_json, data.load_tensors):
-            with pytest.raises(data.InputError, match="file: not a file of this project, or dam"):
-                read(path)
     for read in (data.read_json, data.load_tensors):
+        for content in (b"", b"[1]", whole[:-5], whole[:40]):
+            path.write_bytes(content)
+            with pytest.raises(data.InputError, match=f"file: {data.NOT_OURS}"):
+                read(path)
         with pytest.raises(data.InputError, match="no: cannot be read .No such file"):
             read(tmp_path / "no")
-
-
-def test_fingerprints_and_seeds_depend_on_every_value():
-    table = {"b": ["a"], "a": ["b", "c"]}
-    assert data.fingerprint(table) == data.fingerprint(dict(reversed(table.items())))
-    assert data.fingerprint(table) != data.fingerprint({"b": ["a"], "a": ["c", "b"]})
-    assert data.fingerprint(b"a") == hashlib.sha256(b"a").hexdigest()
-    seeds = {data.seed_of(i, j) for i in range(10) for j in range(10)}
-    assert len(seeds) == 100 and all(type(s) is int and 0 <= s < 2**32 for s in seeds)
 
 
 def test_missing_nltk_data_says_how_to_install(tmp_path, cache, monkeypatch):
@@ -241,11 +185,6 @@ def test_missing_nltk_data_says_how_to_install(tmp_path, cache, monkeypatch):
     (tmp_path / "nltk_data.tar.gz").write_bytes(b"<html>")
     with pytest.raises(data.InputError, match="nltk_data.tar.gz: cannot be read"):
         data.prepare_nltk(tmp_path)
-
-
-def test_nltk_data_on_disk_is_used_without_the_network(nltk_data, monkeypatch):
-    monkeypatch.setattr(nltk, "download", None)
-    data.prepare_nltk()
 
 
 # ---- Words ---------------------------------------------------------------------------------------
@@ -271,17 +210,14 @@ def test_words_come_back_from_their_string_whatever_the_text(nltk_data):
     assert data.to_text(pair) == ("a man", "") and data.from_text(("a man", "")) == pair
 
 
-def test_text_is_split_before_it_is_lower_cased_and_breaks_become_spaces(nltk_data):
-    assert data.words_of("Good film.<br /><br />Don't") == ["good", "film", ".", "do", "n't"]
-
-
-@pytest.mark.parametrize("mark", ["\u2019", "\u02bc", "\u00b4", "`"])
-def test_every_apostrophe_inside_a_word_gives_the_words_of_a_contraction(nltk_data, mark):
-    plain = "I don't think she'll say it's O'Neill."
-    assert data.words_of(plain.replace("'", mark)) == data.words_of(plain)
-    assert data.words_of(plain)[1:3] == ["do", "n't"]
-    outside = f"{mark}twas the films{mark} end 5{mark}5"
-    assert data.clean(outside) == outside  # a letter before and after, or it is no apostrophe
+def test_every_apostrophe_inside_a_word_gives_the_words_of_a_contraction(nltk_data):
+    """Texts are split before they are lower-cased, and line breaks become spaces."""
+    plain = "Good film.<br /><br />Don't say it's O'Neill"
+    words = "good film . do n't say it 's o'neill".split()
+    for mark in "'\u2019\u02bc\u00b4`":
+        assert data.words_of(plain.replace("'", mark)) == words
+        outside = f"{mark}twas the films{mark} end 5{mark}5"
+        assert data.clean(outside) == outside  # a letter before and after, or it is no apostrophe
 
 
 def test_pieces_of_contractions_are_not_substituted_but_words_of_that_spelling_are():
@@ -299,7 +235,8 @@ def test_many_texts_are_tokenized_on_all_cores_with_the_same_result(nltk_data, m
 
 
 def test_tokenized_words_are_cached_and_a_damaged_cache_is_computed_anew(
-        cache, plain_words, monkeypatch):
+        cache, plain_words, monkeypatch, capsys):
+    """A cache that cannot be written is one line."""
     raw = [f"Text {i} \ud800 é" for i in range(600)]
     first = data.tokenize(raw)
     (file,) = cache.iterdir()
@@ -308,14 +245,10 @@ def test_tokenized_words_are_cached_and_a_damaged_cache_is_computed_anew(
         assert data.tokenize(raw) == first
     file.write_bytes(file.read_bytes()[:-100])
     assert data.tokenize(raw) == first
-
-
-def test_a_cache_that_cannot_be_written_is_one_line(cache, plain_words, monkeypatch, capsys):
     monkeypatch.setattr(data.os, "replace", full)
     assert data.tokenize(["A b"]) == {"A b": ("a", "b")}
     (line,) = capsys.readouterr().err.splitlines()
     assert str(cache) in line and "No space left" in line
-    assert line.endswith("the next start will tokenize again")
 
 
 # ---- Tasks ---------------------------------------------------------------------------------------
@@ -338,8 +271,8 @@ def texts(examples):
 
 @pytest.mark.parametrize("sizes", [{}, dict(dev_size=30), dict(train_size=91, dev_size=50)])
 def test_dev_is_taken_from_train_and_never_overlaps_with_it(tmp_path, plain_words, sizes):
-    folder = write_tsv(tmp_path / "own", train=numbered(a=70, b=90, c=100),
-                       test=numbered(a=5, b=5, c=4))
+    train, test = numbered(a=70, b=90, c=100), numbered(a=5, b=5, c=4)
+    folder = write_tsv(tmp_path / "own", train=train, test=test)
     task = data.load_task(folder, **sizes)
     assert not set(texts(task.train)) & set(texts(task.dev))
     assert task.labels == ["a", "b", "c"] and task.name == "own"
@@ -376,256 +309,161 @@ def test_the_split_is_the_same_on_every_call_and_depends_on_its_seed_alone(tmp_p
 
 
 def test_a_given_dev_split_pairs_bom_crlf_and_spaces_around_labels_are_read(tmp_path, plain_words):
+    """Quotation marks that belong to a text stay."""
     for split in ("train", "dev", "test"):
-        rows = [f" {y} \tA {split}\tB  {y}\r\n" for y in "1010"] + [" 0 \t\t\r\n"]
+        rows = [f' {y} \t"A" {split}\t"B  {y}"\r\n' for y in "1010"] + [" 0 \t\t\r\n"]
         content = "\ufefflabel\ttext\ttext2\r\n" + "".join(rows)
         (tmp_path / f"{split}.tsv").write_bytes(content.encode())
     task = data.load_task(tmp_path)
-    expected = {data.Example((("a", "dev"), ("b", y)), int(y)): 2 for y in "01"}
+    expected = {data.Example((('"a"', "dev"), ('"b', f'{y}"')), int(y)): 2 for y in "01"}
     assert Counter(task.dev) == expected | {data.Example(((), ()), 0): 1}
     assert len(task.train) == 5 and task.labels == ["0", "1"]
 
 
-GOOD = "label\ttext\na\tp\na\tq\nb\tr\nb\ts\na\tt\nb\tu\n"
-QUOTED = r'line 8: .*He said .*is quoted, wanted the text as it is.*quoting=csv.QUOTE_NONE'
-
-
-@pytest.mark.parametrize("split, content, message", [
-    ("train", "", "train.tsv, line 1: '', wanted the header"),
-    ("train", "label\ttext\n", "train.tsv, line 1: .*then examples"),
-    ("train", "label,text\na,x\n", "line 1: 'label,text', wanted the header"),
-    ("train", GOOD + "a\n", r"train.tsv, line 8: \['a'\], wanted 'label\\ttext'"),
-    ("train", GOOD + "a\tx\ty\n", r"train.tsv, line 8: \['a', 'x', 'y'\], wanted"),
-    ("train", GOOD + "\n", r"train.tsv, line 8: \[''\], wanted"),
-    ("train", GOOD + " \tx\n", "train.tsv, line 8: .*with a label"),
-    ("train", GOOD + "a\t\"He said \"\"great\"\" film\"\n", QUOTED),
-    ("train", GOOD + "a \tx\n", "line 8: label 'a ' and, further up, 'a': wanted one spelling"),
-    ("train", "label\ttext\n1\tx\n0\ty\n1.0\tz\n", "line 4: label '1.0' and, further up, '1'"),
-    ("train", GOOD + "c\tx\n", "class 'c' has 0 training examples"),
-    ("train", "label\ttext\na\tx\na\ty\n", "train.tsv: only one class, 'a'"),
-    ("train", b"label\ttext\na\tx\na\t\xff\n", "train.tsv, line 3: not UTF-8 .byte 0xff"),
-    ("test", "label\ttext\nc\tx\n", "test.tsv, line 2: label 'c' does not occur in train.tsv"),
-    ("test", "label\ttext\nb \tx\n", "test.tsv, line 2: label 'b ' and, further up, 'b'"),
-    ("dev", GOOD + "c\tx\n", "dev.tsv, line 8: label 'c' does not occur"),
-    ("test", "label\ttext\ttext2\na\tx\ty\n", r"test.tsv, line 1: .*, wanted the header 'label"),
-    ("test", None, "test.tsv: cannot be read .No such file"),
-])
-def test_bad_tsv_files_are_refused_by_file_line_and_value(
-        tmp_path, plain_words, split, content, message):
-    for name, text in {"train": GOOD, "test": GOOD, split: content}.items():
-        if text is not None:
-            text = text if isinstance(text, bytes) else text.encode()
-            (tmp_path / f"{name}.tsv").write_bytes(text)
-    with pytest.raises(data.InputError, match=message) as error:
-        data.load_task(tmp_path)
-    assert "\n" not in str(error.value)
-
-
-def test_quotes_that_belong_to_the_text_stay(tmp_path, plain_words):
-    for text in ('"Great" it says, "great"', '"great"', '""', '"', '""great" film"'):
-        (tmp_path / "test.tsv").write_text(GOOD)
-        (tmp_path / "train.tsv").write_text(GOOD + f"a\t{text}\n")
-        assert data.read_folder(tmp_path)[1]["train"][-1] == ((text,), 0)
-
-
 @pytest.mark.parametrize("sizes, message", [
     (dict(train_size=1000), "train: 1000 examples are 500 of each class, wanted 1 to 9 .class 'a'"),
-    (dict(dev_size=40), "dev: 40 examples are 20 of each class"),
     (dict(test_size=1), "test: 1 examples are 0 of each class, wanted 1 to"),
-    (dict(train_size=-4), "train: -4 examples are -2 of each class, wanted 1 to"),
-    (dict(train_size=2), "has 1 training examples"),
-    (dict(dev_size=20), "has 0 training examples"),
-    (dict(split_seed=-1), "split seed -1"),
+    (dict(train_size=2), "has 1 training examples"), (dict(split_seed=-1), "split seed -1"),
 ])
 def test_sizes_that_cannot_be_had_are_refused(tmp_path, plain_words, sizes, message):
     folder = write_tsv(tmp_path / "own", train=numbered(a=10, b=15), test=numbered(a=3, b=9))
     with pytest.raises(data.InputError, match=message):
         data.load_task(folder, **sizes)
-
-
-def test_an_unknown_task_is_refused():
     with pytest.raises(data.InputError, match="unknown task 'imbd'"):
         data.load_task("imbd")
 
 
-def imdb_archive(path, skip=None):
+def imdb_archive(path):
     with tarfile.open(path, "w:gz") as tar:
-        for split in ("test", "train"):
-            for label in ("pos", "neg"):
-                for i in reversed(range(20)):
-                    for name in (f"{i}_1.txt", f"._{i}_1.txt"):  # the second as a Mac adds them
-                        content = f"{split} {label} {i}".encode() if name[0] != "." else b"\xff"
-                        info = tarfile.TarInfo(f"./aclImdb/{split}/{label}/{name}")
-                        info.size = len(content)
-                        if (split, label) != skip:
-                            tar.addfile(info, io.BytesIO(content))
+        for part in ("train/neg", "train/pos", "test/neg", "test/pos"):
+            split, label = part.split("/")
+            for i in reversed(range(20)):
+                for name in (f"{i}_1.txt", f"._{i}_1.txt"):  # the second as a Mac adds them
+                    content = f"{split} {label} {i}".encode() if name[0] != "." else b"\xff"
+                    info = tarfile.TarInfo(f"./aclImdb/{part}/{name}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
         tar.addfile(tarfile.TarInfo("aclImdb/train/unsup/0_0.txt"))
     return path
 
 
-def test_imdb_is_the_same_packed_and_as_a_folder_with_links(tmp_path, plain_words, capsys):
-    packed = data.load_task("imdb", imdb_archive(tmp_path / "aclImdb_v1.tar.gz").parent)
+def test_imdb_is_the_same_packed_and_as_a_folder(tmp_path, plain_words, capsys):
+    archive = imdb_archive(tmp_path / "aclImdb_v1.tar.gz")
+    packed = data.load_task("imdb", tmp_path)
     assert packed.labels == ["neg", "pos"] and len(packed.train) == 36 and len(packed.dev) == 4
     assert all(e.words[0][1] == packed.labels[e.y] for e in packed.train + packed.test)
-    folder = tmp_path / "un" / "aclImdb"
-    folder.mkdir(parents=True)
-    for split in ("train", "test"):
-        (folder / split).symlink_to(data.unpack(tmp_path / "aclImdb_v1.tar.gz") / "aclImdb" / split)
     capsys.readouterr()
-    assert data.load_task("imdb", tmp_path / "un") == packed
+    assert data.load_task("imdb", data.unpack(archive)) == packed
     (line,) = capsys.readouterr().err.splitlines()  # both are only part of IMDB
     assert "holds 40 reviews for training and 40 for test, IMDB has 25,000" in line
 
 
-def test_a_partly_unpacked_folder_gives_way_to_the_archive_beside_it(tmp_path, plain_words):
-    imdb_archive(tmp_path / "aclImdb_v1.tar.gz")
-    for part in ("train/neg", "train/pos", "test/neg", "test/pos"):
-        (tmp_path / "aclImdb" / part).mkdir(parents=True)
-        (tmp_path / "aclImdb" / part / "0_1.txt").write_text("alone")
-    assert len(data.load_task("imdb", tmp_path).test) == 40
-
-
-def test_damaged_imdb_archives_are_refused_wherever_they_are_cut(tmp_path, plain_words):
-    path = imdb_archive(tmp_path / "aclImdb_v1.tar.gz")
-    whole = path.read_bytes()
-    cuts = [whole[:n] for n in (0, 5, 20, len(whole) // 2, len(whole) - 9, len(whole) - 1)]
-    altered = whole[:300] + b"xxxx" + whole[304:]
-    for content in (*cuts, b"<html>sign in</html>", gzip.compress(b"<html>" * 1000), altered):
-        path.write_bytes(content)
-        with pytest.raises(data.InputError, match="aclImdb_v1.tar.gz: (cannot be read|holds no)"):
-            data.load_task("imdb", tmp_path)
-    imdb_archive(path, skip=("test", "neg"))
-    with pytest.raises(data.InputError, match="holds no aclImdb/test/neg"):
-        data.load_task("imdb", tmp_path)
-
-
-def snli_archive(path, **extra):
-    def row(label, premise, hypothesis):
-        return json.dumps({"gold_label": label, "sentence1": premise, "sentence2": hypothesis})
-
+def snli_archive(path):
     with zipfile.ZipFile(path, "w") as archive:
         for split in ("train", "dev", "test"):
-            rows = [row(label, f"{split} P", f"H {label}")
+            rows = [dict(gold_label=label, sentence1=f"{split} P", sentence2=f"H {label}")
                     for label in ("neutral", "-", "contradiction", "entailment")]
-            lines = "\n".join(extra.get(split, rows * 2))
-            archive.writestr(f"snli_1.0/snli_1.0_{split}.jsonl", lines)
+            archive.writestr(f"snli_1.0/snli_1.0_{split}.jsonl", "\n".join(map(json.dumps, rows)))
         archive.writestr("__MACOSX/snli_1.0/._snli_1.0_train.jsonl", b"\xff")
+    return path
 
 
-def test_snli_has_the_labels_of_the_paper_and_no_undecided_pairs(tmp_path, plain_words):
-    snli_archive(tmp_path / "snli_1.0.zip")
-    task = data.load_task("snli", tmp_path)
-    assert task.labels == ["entailment", "contradiction", "neutral"] and len(task.train) == 6
-    for split in ("train", "dev"):
-        assert all(e.words == ((split, "p"), ("h", task.labels[e.y])) for e in getattr(task, split))
-    zipfile.ZipFile(tmp_path / "snli_1.0.zip").extractall(tmp_path / "un")
-    assert data.load_task("snli", tmp_path / "un") == task
+def test_snli_has_the_labels_of_the_paper_and_no_undecided_pairs(tmp_path):
+    archive = snli_archive(tmp_path / "snli_1.0.zip")
+    labels, splits = data.read_snli(archive)
+    assert labels == ["entailment", "contradiction", "neutral"]
+    for split, pairs in splits.items():
+        assert sorted(y for _, y in pairs) == [0, 1, 2]
+        assert all(texts == (f"{split} P", f"H {labels[y]}") for texts, y in pairs)
+    assert data.read_snli(data.unpack(archive) / "snli_1.0") == (labels, splits)
 
 
-@pytest.mark.parametrize("lines, message", [
-    (["{}"], "snli_1.0_dev.jsonl, line 1: '{}', wanted JSON with the strings"),
-    (['{"gold_label": "-", "sentence1": "", "sentence2": ""}', "<html>"], "line 2: .*wanted JSON"),
-    (['{"gold_label": "neutrl", "sentence1": "", "sentence2": ""}'], "neutrl.*neutral or -"),
-])
-def test_bad_snli_lines_are_refused(tmp_path, plain_words, lines, message):
-    snli_archive(tmp_path / "snli_1.0.zip", dev=lines)
-    with pytest.raises(data.InputError, match=message):
-        data.load_task("snli", tmp_path)
-
-
-def test_damaged_snli_archives_are_refused(tmp_path, plain_words):
-    path = tmp_path / "snli_1.0.zip"
-    snli_archive(path)
+@pytest.mark.parametrize("read, archive, name", [
+    (data.read_imdb, imdb_archive, "a.tar.gz"), (data.read_snli, snli_archive, "a.zip")])
+def test_damaged_archives_are_refused_wherever_they_are_cut(tmp_path, read, archive, name):
+    path = archive(tmp_path / name)
     whole = path.read_bytes()
-    for content in (b"", b"<html>", whole[:-30], whole[:60] + b"xxxx" + whole[64:]):
+    cuts = [whole[:n] for n in (0, 5, len(whole) // 2, len(whole) - 1)]
+    altered = whole[:60] + b"xxxx" + whole[64:]
+    for content in (*cuts, b"<html>sign in</html>", altered):
         path.write_bytes(content)
-        with pytest.raises(data.InputError, match="snli_1.0.zip: cannot be read"):
-            data.load_task("snli", tmp_path)
+        with pytest.raises(data.InputError, match=f"{name}: cannot be read"):
+            read(path)
 
 
-@shared
-def test_the_real_pairs_load(nltk_data):
-    task = data.load_task("snli", SHARED, train_size=30, dev_size=9, test_size=10)
-    assert (len(task.train), len(task.dev), len(task.test)) == (30, 9, 9)
-    assert all(len(e.words) == 2 and e.words[1] for e in task.train)
+GOOD = "label\ttext\na\tp\na\tq\nb\tr\nb\ts\na\tt\nb\tu\n"
+PAIR = '{"gold_label": "-", "sentence1": "", "sentence2": ""}\n'
 
 
-# ---- Substitution tables -------------------------------------------------------------------------
-@pytest.mark.parametrize("content, message", [
-    ("[" * 100_000, "wanted a JSON object"), ("[]", "wanted a JSON object"),
-    ('{"a": "b"}', "'a' maps to b, wanted a list"), ('{"a": [1]}', "'a' maps to .1., wanted"),
-    ('{"a": ["b c"]}', "'a' maps to .'b c'., wanted"), ('{"a": ["B"]}', "'a' maps to .'B'."),
-    ('{"a": [""]}', "'a' maps to"), ('{"a": ["\\ud800"]}', "'a' maps to"),
-    (b"{\xff", "line 1: not UTF-8"),
+@pytest.mark.parametrize("name, content, message", [
+    ("train.tsv", "", "train.tsv, line 1: '', wanted the header"),
+    ("train.tsv", GOOD + "a\n", r"train.tsv, line 8: \['a'\], wanted 'label\\ttext'"),
+    ("train.tsv", GOOD + " \tx\n", "line 8: .*with a label"),
+    ("train.tsv", GOOD + "a\t\"He said \"\"great\"\" film\"\n", "line 8: .*is quoted.*QUOTE_NONE"),
+    ("train.tsv", GOOD + "a \tx\n", "line 8: label 'a ' and, further up, 'a': wanted one spelling"),
+    ("train.tsv", "label\ttext\n1\tx\n0\ty\n1.0\tz\n", "line 4: label '1.0' and, further up, '1'"),
+    ("train.tsv", "label\ttext\na\tx\na\ty\n", "train.tsv: only one class, 'a'"),
+    ("train.tsv", b"label\ttext\na\tx\na\t\xff\n", "train.tsv, line 3: not UTF-8 .byte 0xff"),
+    ("dev.tsv", GOOD + "c\tx\n", "dev.tsv, line 8: label 'c' does not occur in train.tsv"),
+    ("test.tsv", "label\ttext\ttext2\na\tx\ty\n", "test.tsv, line 1: .*, wanted the header"),
+    ("snli_1.0_train.jsonl", PAIR + "{}", "train.jsonl, line 2: '{}', wanted JSON with the str"),
+    ("snli_1.0_train.jsonl", PAIR.replace("-", "neutrl"), "line 1: .*neutrl.*neutral or -"),
+    ("t.json", "[" * 100_000, "t.json: wanted a JSON object"),
+    ("t.json", '{"a": "b"}', "'a' maps to b, wanted a list"),
+    ("t.json", '{"a": [1]}', "'a' maps to .1., wanted"),
+    ("t.json", '{"a": ["b c"]}', "'a' maps to .'b c'."),
+    ("t.json", '{"a": ["B"]}', "'a' maps to .'B'."),
+    ("t.json", '{"a": ["\\ud800"]}', "'a' maps to"),
+    ("v.txt", "a 1 2\nb 1\n", "v.txt, line 2: 'b 1', wanted a word and 2 numbers"),
+    ("v.txt", "a 1 2\nb 1 nan\n", "line 2: 'b 1 nan', wanted"),
+    ("v.txt", "a 1 2\nb 1 x\n", "line 2: 'b 1 x', wanted"),
+    ("v.txt", "z 1 2\n", "none of the 1 training words"),
 ])
-def test_bad_neighbour_tables_are_refused(tmp_path, content, message):
-    path = tmp_path / "table.json"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+def test_bad_files_are_refused_by_file_line_and_value(tmp_path, name, content, message):
+    for file, text in {"train.tsv": GOOD, "test.tsv": GOOD, name: content}.items():
+        (tmp_path / file).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(data.InputError, match=message):
-        data.load_neighbors(path)
+        if name.endswith(".tsv"):
+            data.read_folder(tmp_path)
+        elif name.endswith(".jsonl"):
+            data.read_snli(tmp_path)
+        else:
+            data.load_neighbors(tmp_path / name, words=Counter("a"))
 
 
 def test_tables_are_looked_for_in_data_dir_first_and_checked_quickly(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    (tmp_path / "data").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
     Path("t.json").write_text('{"b": ["a"], "two words": ["x"], "UNK": ["x"]}')
-    assert data.load_neighbors("t.json", tmp_path / "data") == {"b": ["a"]}
-    (tmp_path / "data" / "t.json").write_text('{"b": ["c"]}')
-    assert data.find_neighbors("t.json", tmp_path / "data") == tmp_path / "data" / "t.json"
-    assert data.load_neighbors("t.json", tmp_path / "data") == {"b": ["c"]}
+    assert data.load_neighbors("t.json", "data") == {"b": ["a"]}
+    Path("data/t.json").write_text('{"b": ["c"]}')
+    assert data.load_neighbors("t.json", "data") == {"b": ["c"]}
     for bad, message in (("t.csv", "wanted `wordnet`"), ("none.json", "https://.*neighbors.json")):
         with pytest.raises(data.InputError, match=message):
-            data.find_neighbors(bad, tmp_path / "data")
+            data.find_neighbors(bad, "data")
 
 
 def test_vector_neighbours_are_near_frequent_and_in_order(tmp_path):
+    """Of equally near words the more frequent one is first, of equally frequent ones the alphabet
+    decides. A second call finds the table in the cache."""
     rng = np.random.default_rng(0)
-    X = np.round(rng.normal(size=(2500, 4)) * 0.7, 4)
-    words = [f"w{i}" for i in range(2500)]
-    counts = Counter({f"w{i}": 5000 - i for i in range(0, 2500, 2)}) + Counter({"no-vector": 9999})
-    lines = "".join(f"{word} {' '.join(map(str, row))}\n" for word, row in zip(words, X))
+    vectors = {f"w{i}": np.round(rng.normal(size=4) * 0.7, 1) for i in range(2500)}
+    counts = Counter({f"w{i}": 5000 - i // 5 for i in range(0, 2500, 2)} | {"no-vector": 9999})
+    lines = "".join(f"{word} {' '.join(map(str, row))}\n" for word, row in vectors.items())
     (tmp_path / "v.txt").write_text(lines)
     with zipfile.ZipFile(tmp_path / "v.zip", "w") as archive:
         archive.writestr("v.txt", lines)
         archive.writestr("__MACOSX/._v.txt", b"\xff")
-    table = data.vector_neighbors(tmp_path / "v.txt", counts, 5, 0.1, vocabulary=1201, skip=10)
-    kept = list(range(0, 2400, 2))  # 1,201 most frequent words, one of which has no vector
-    for rank, i in enumerate(kept):
-        d = ((X[kept] - X[i]) ** 2).sum(1).round(9)
-        near = [kept[j] for j in np.argsort(d, kind="stable") if d[j] < 0.1 and kept[j] != i]
-        assert table.get(f"w{i}", []) == ([f"w{j}" for j in near[:5]] if rank >= 10 else [])
-    again = data.load_neighbors(tmp_path / "v.zip", words=counts)  # the .zip, the paper's numbers
-    assert again == data.vector_neighbors(tmp_path / "v.txt", counts, 8, 0.5, 50_000, 27)
-
-
-def test_equally_frequent_words_are_ranked_by_the_alphabet(tmp_path, cache):
-    (tmp_path / "v.txt").write_text("b 0 0\na 0 0.1\nc 0 0.2\nd 0 0.3\n")
-    counts = Counter(dict.fromkeys("dcba", 1))
-    for _ in range(2):  # the second time from the cache
-        table = data.vector_neighbors(tmp_path / "v.txt", counts, skip=1, vocabulary=3)
-        assert table == {"b": ["a", "c"], "c": ["a", "b"]}
-
-
-@pytest.mark.parametrize("content, message", [
-    ("a 1 2\nb 1\n", "v.txt, line 2: 'b 1', wanted a word and 2 numbers"),
-    ("a 1 2\nb 1 2 3\n", "line 2: 'b 1 2 3', wanted a word and 2 numbers"),
-    ("a 1 2\nb 1 nan\n", "line 2: 'b 1 nan', wanted"),
-    (b"a 1 2\n\xff 1 2\n", "line 2: not UTF-8 .byte 0xff"),
-    ("", "line 1: '', wanted a word and some numbers"), ("z 1 2\n", "none of the 1 training words"),
-])
-def test_bad_vector_files_are_refused_by_line(tmp_path, content, message):
-    path = tmp_path / "v.txt"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(data.InputError, match=message):
-        data.load_neighbors(path, words=Counter("a"))
-
-
-def test_a_vector_archive_has_one_text_file(tmp_path):
-    with zipfile.ZipFile(tmp_path / "v.zip", "w") as archive:
-        archive.writestr("readme", "")
-    with pytest.raises(data.InputError, match="wanted one .txt file in it, there are 0"):
-        data.load_neighbors(tmp_path / "v.zip", words=Counter("a"))
+    kept = sorted(counts, key=lambda word: (-counts[word], word))[1:1201]
+    X = np.stack([vectors[word] for word in kept])
+    table = data.vector_neighbors(tmp_path / "v.txt", counts, 5, 0.105, vocabulary=1201, skip=10)
+    for i, word in enumerate(kept):
+        d = ((X - X[i]) ** 2).sum(1).round(9)
+        near = [kept[j] for j in np.argsort(d, kind="stable") if d[j] < 0.105 and j != i]
+        assert table.get(word, []) == (near[:5] if i >= 10 else [])
+    for _ in range(2):  # the .zip, and the paper's numbers
+        again = data.load_neighbors(tmp_path / "v.zip", words=counts)
+        assert again == data.vector_neighbors(tmp_path / "v.txt", counts, 8, 0.5, 50_000, 27)
 
 
 def test_wordnet_has_no_function_words_and_one_part_of_speech_a_word(nltk_data):
@@ -666,13 +504,6 @@ def tokenizer(request, tmp_path):
     return request.param(tmp_path)
 
 
-def test_a_tokenizer_without_a_vocabulary_is_refused(tokenizer):
-    data.check_tokenizer(tokenizer, "model")
-    empty = train.bert_tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
-    with pytest.raises(data.InputError, match="^model m: its tokenizer knows none of the words"):
-        data.check_tokenizer(empty, "model m")
-
-
 @pytest.mark.parametrize("unknown", ["piece", "unk"])
 def test_one_token_per_word_and_none_is_special_whatever_the_text(tokenizer, unknown):
     vocabulary = data.Vocabulary(tokenizer, 50, NEIGHBORS, unknown)
@@ -681,8 +512,7 @@ def test_one_token_per_word_and_none_is_special_whatever_the_text(tokenizer, unk
     for text in odd + [token.lower() for token in tokenizer.all_special_tokens]:
         split = tuple(text.split())
         for words in ((split,), (split, split[:2]), ((text,),)):
-            ids = vocabulary.input_ids(words)
-            shown = vocabulary.visible(words)
+            ids, shown = vocabulary.input_ids(words), vocabulary.visible(words)
             assert len(ids) == 1 + sum(len(text) + 1 for text in shown) <= 50
             inside = np.delete(ids, [0, 1 + len(shown[0]), len(ids) - 1])
             assert not set(inside.tolist()) & special
@@ -692,21 +522,14 @@ def test_one_token_per_word_and_none_is_special_whatever_the_text(tokenizer, unk
 
 
 def test_a_word_of_the_vocabulary_is_one_token_and_another_its_first_piece(tmp_path):
+    """NULL, the blank word of PWWS, is the word null under both rules."""
     tokenizer = bert(tmp_path)
     tokens = tokenizer.convert_ids_to_tokens
     piece, unk = data.Vocabulary(tokenizer, 9), data.Vocabulary(tokenizer, 9, unknown="unk")
-    words = ["good", "films", "[sep]", "[SEP]", "😀", "cinematic", "é"]
-    expected = ["good", "film", "[", "[", "[UNK]", "cinema", "e"]
+    words = ["NULL", "good", "films", "[sep]", "[SEP]", "😀", "cinematic", "é"]
+    expected = ["null", "good", "film", "[", "[", "[UNK]", "cinema", "e"]
     assert tokens([piece.token(w) for w in words]) == expected
-    assert tokens([unk.token(w) for w in words]) == ["good"] + ["[UNK]"] * 6
-
-
-@pytest.mark.parametrize("unknown", ["piece", "unk"])
-def test_the_blank_word_of_pwws_is_the_word_null_under_both_rules(tokenizer, unknown):
-    vocabulary = data.Vocabulary(tokenizer, 9, unknown=unknown)
-    assert vocabulary.token("NULL") == vocabulary.token("null")
-    if "null" in tokenizer.get_vocab():
-        assert tokenizer.convert_ids_to_tokens(vocabulary.token("NULL")) == "null"
+    assert tokens([unk.token(w) for w in words]) == ["null", "good"] + ["[UNK]"] * 6
 
 
 def test_a_word_of_byte_level_bpe_has_its_leading_space(tmp_path):
@@ -780,20 +603,15 @@ def test_the_premise_is_kept_and_the_hypothesis_cut(tmp_path):
     assert data.Vocabulary(bert(tmp_path), 3).visible((tuple("ab"), tuple("cd"))) == ((), ())
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(max_len=2), "longest input 2"), (dict(unknown="skip"), "'skip'"),
-    (dict(max_candidates=0), "0 candidates"),
-])
-def test_vocabulary_refuses_what_cannot_work(tmp_path, change, message):
-    with pytest.raises(data.InputError, match=message):
+@pytest.mark.parametrize("change", [dict(max_len=2), dict(unknown="x"), dict(max_candidates=0)])
+def test_vocabulary_refuses_what_cannot_work(tmp_path, change):
+    with pytest.raises(data.InputError, match="wanted at least 3"):
         data.Vocabulary(**dict(tokenizer=bert(tmp_path), max_len=9) | change)
 
 
 # ---- Batches -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("counts, batch_size", [
-    ((10, 10), 4), ((7, 31), 4), ((100, 40, 63), 9), ((3, 90), 32), ((2, 2, 2), 120),
-    ((11, 11, 12), 13),
-])
+    ((10, 10), 4), ((7, 31), 4), ((100, 40, 63), 9), ((3, 90), 32)])
 def test_batches_hold_every_class_equally_often_and_no_example_twice(counts, batch_size):
     rng = np.random.default_rng(0)
     y = rng.permutation(np.repeat(np.arange(len(counts)), counts))
@@ -826,17 +644,9 @@ def test_batches_are_drawn_anew_but_repeatable_and_of_like_length():
     assert spread(epoch(0)) < 0.3 * spread([np.random.default_rng(2).permutation(300)[:8]] * 50)
 
 
-def test_the_last_of_a_class_in_a_batch_is_not_always_the_longest():
-    lengths = np.arange(400)
-    batches = data.balanced_batches(lengths % 2, lengths, 16, np.random.default_rng(0))
-    last = [np.argsort(lengths[batch[:8]]).tolist()[-1] == 7 for batch in batches]
-    assert 0 < np.mean(last) < 0.5
-
-
 @pytest.mark.parametrize("y, batch_size, message", [
     ([0, 0, 1], 4, r"classes of \[2, 1\] examples: wanted at least 2"),
     ([0, 0, 1, 1], 3, "batches of 3 from"), ([0, 0], 4, r"classes of \[2\]"),
-    ([], 4, r"classes of \[\]"),
 ])
 def test_batches_that_cannot_be_balanced_are_refused(y, batch_size, message):
     with pytest.raises(data.InputError, match=message):
