@@ -179,14 +179,12 @@ def test_methods_without_their_weight_are_adv(task, bert, tmp_path):
     """alpha, lambda or p of 0: the encoder and the head of adv. Mixout with p = 0.7 is not adv."""
     model = without_dropout(bert, tmp_path / "model")
     train.main(command(task, model, tmp_path / "zero", "--epochs", 1, "--alpha", 0, "--ptwd", 0,
-                       "--mixout", 0, "--method", "standard", "adv", "rift", "adv-ptwd",
-                       "adv-mixout"))
+                       "--mixout", 0, "--method", "adv", "rift", "adv-ptwd", "adv-mixout"))
     train.main(command(task, model, tmp_path / "more", "--epochs", 1, "--method", "adv-mixout"))
     adv = tmp_path / "zero" / "adv"
     for method in ("rift", "adv-ptwd", "adv-mixout"):
         assert same_weights(adv, tmp_path / "zero" / method, ("encoder", "head"), 1e-4)
-    for other in (tmp_path / "zero" / "standard", tmp_path / "more" / "adv-mixout"):
-        assert not same_weights(adv, other, "encoder", 1e-4)
+    assert not same_weights(adv, tmp_path / "more" / "adv-mixout", "encoder", 1e-4)
 
 
 def test_gradients_of_slices_add_up(task, bert, tmp_path):
@@ -199,18 +197,13 @@ def test_gradients_of_slices_add_up(task, bert, tmp_path):
     assert same_weights(whole, slices, atol=1e-4)
     assert log_of(whole)[0]["ce"] == pytest.approx(log_of(slices)[0]["ce"], rel=1e-4)
     y = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    parts = train.slices(y, 4)
-    assert [y[part].tolist() for part in parts] == [[0, 0, 1, 1]] * 2
-    assert sorted(np.concatenate(parts).tolist()) == list(range(8))
+    assert [y[part].tolist() for part in train.slices(y, 4)] == [[0, 0, 1, 1]] * 2
 
 
-@pytest.mark.parametrize("epochs, factors", [
-    (1, [1]), (2, [1, 1]), (3, [0.55, 1, 1]), (5, [0.55, 1, 1, 1, 1]),
-    (6, [0.1, 0.55, 1, 1, 1, 1]), (20, [0.1, 0.55] + [1] * 18)])
-def test_the_warm_up_takes_at_most_a_third_of_the_epochs(epochs, factors):
-    s = train.parse(["--task", "imdb", "--epochs", str(epochs)])[1]
-    schedule = s.schedule + [s.schedule[-1]] * 20
-    assert schedule[:epochs] == factors
+@pytest.mark.parametrize("epochs, schedule", [
+    (2, [1]), (3, [0.55, 1]), (5, [0.55, 1]), (6, [0.1, 0.55, 1]), (20, [0.1, 0.55, 1])])
+def test_the_warm_up_takes_at_most_a_third_of_the_epochs(epochs, schedule):
+    assert train.parse(["--task", "imdb", "--epochs", str(epochs)])[1].schedule == schedule
 
 
 def test_another_method_is_one_function_and_one_entry(task, bert, tmp_path, monkeypatch):
@@ -230,32 +223,23 @@ def test_another_method_is_one_function_and_one_entry(task, bert, tmp_path, monk
     assert eval.load_run(tmp_path / "runs" / "mse")(["a good film"]).shape == (1, 2)
 
 
-def nan_gradient(o):
-    return torch.sqrt(o.clean.sum() * 0)                            # 0, and its gradient 0 / 0
-
-
-def infinite(o):
-    return o.clean.sum() + math.inf
-
-
-@pytest.mark.parametrize("bad", [nan_gradient, infinite])
+@pytest.mark.parametrize("bad", [lambda zero: torch.sqrt(zero), lambda zero: zero + math.inf])
 def test_a_step_that_is_not_finite_changes_no_weight(task, bert, tmp_path, capsys, monkeypatch,
                                                      bad):
-    """The step is named; the checkpoint is that of the last epoch."""
+    """The gradient, 0 / 0, or the loss. The step is named, the last epoch's checkpoint stays."""
     steps, seen = itertools.count(1), {}
 
     def term(o):
+        zero = o.clean.sum() * 0
         if next(steps) < 6:                                         # the second of epoch 2
-            return o.clean.sum() * 0
-        seen["model"] = o.model
-        seen["weights"] = {name: p.detach().clone() for name, p in o.model.named_parameters()}
-        return bad(o)
+            return zero
+        seen.update({p: p.detach().clone() for p in o.model.parameters()})
+        return bad(zero)
 
     monkeypatch.setitem(rift.METHODS, "odd", {rift.ce: 1, term: 1})
     error = stopped(capsys, command(task, bert, tmp_path / "runs", "--method", "odd"), 2)
     assert "epoch 2, step 2: the loss or its gradient is not finite (" in error
-    assert "learning rate 0.001" in error
-    assert all(torch.equal(seen["weights"][n], p) for n, p in seen["model"].named_parameters())
+    assert seen and all(map(torch.equal, seen.keys(), seen.values()))
     kept, about = data.load_tensors(tmp_path / "runs" / "odd" / "checkpoint.safetensors")
     assert len(about["log"]) == 1 and all(p.isfinite().all() for p in kept.values())
 
@@ -301,9 +285,7 @@ def test_several_methods_and_seeds_see_the_same_texts(plain_words, bert, tmp_pat
     train.main(arguments)
     assert bars.count("teacher's features") == 2                    # of train and of dev
     folders = [tmp_path / "runs" / f"{m}-{seed}" for m in ("standard", "adv") for seed in (0, 1)]
-    configs = [read(folder / "config.json") for folder in folders]
-    assert len({config["fingerprints"]["data"] for config in configs}) == 1
-    assert {config["processes"] for config in configs} == {1}
+    assert len({read(folder / "config.json")["fingerprints"]["data"] for folder in folders}) == 1
     assert not same_weights(*folders[:2], names="encoder")          # another seed is another run
     before = [(folder / "metrics.json").stat().st_mtime_ns for folder in folders]
     train.main([*arguments, "--resume"])
@@ -370,7 +352,7 @@ def test_information_is_measured_on_pairs_that_g_and_h_have_not_seen(marginal):
 
 
 @pytest.mark.parametrize("method, stops", [
-    ("rift", [1]), ("rift", [5]), ("rift", [3, 5, 3]), ("adv-mixout", [8, 4])])
+    ("rift", [3, 5, 3]), ("adv-mixout", [8, 4])])
 def test_a_stopped_run_ends_like_one_that_was_not(task, bert, tmp_path, capsys, monkeypatch, method,
                                                   stops):
     """Ctrl-C in the n-th step, each time gone on with: the same weights and files, bit for bit.
@@ -399,33 +381,19 @@ def test_a_stopped_run_ends_like_one_that_was_not(task, bert, tmp_path, capsys, 
         assert {p.name for p in whole.iterdir()} == {p.name for p in parts.iterdir()}
 
 
-def test_ctrl_c_says_what_to_write_in_place_of_overwrite(task, bert, tmp_path, capsys, monkeypatch):
-    finish = train.finish
-    monkeypatch.setattr(train, "finish", lambda *_: signal.raise_signal(signal.SIGINT))
-    arguments = command(task, bert, tmp_path / "runs", "--method", "standard")
-    error = stopped(capsys, [*arguments, "--overwrite"], 130)
-    assert error.endswith("the same command with --resume in place of --overwrite goes on")
-    monkeypatch.setattr(train, "finish", finish)
-    train.main([*arguments, "--resume"])
-    assert (tmp_path / "runs" / "standard" / "metrics.json").exists()
-
-
 def test_a_damaged_checkpoint_is_refused_by_name(task, bert, tmp_path, capsys, monkeypatch):
-    arguments = command(task, bert, tmp_path / "runs", "--method", "adv")
-    measure, calls = train.measure, []
-    monkeypatch.setattr(train, "measure", lambda *args: (
-        signal.raise_signal(signal.SIGINT) if calls else calls.append(1) or measure(*args)))
+    arguments = command(task, bert, tmp_path / "runs", "--method", "standard")
+    monkeypatch.setattr(train, "finish", lambda *_: signal.raise_signal(signal.SIGINT))
     stopped(capsys, arguments, 130)
-    path = tmp_path / "runs" / "adv" / "checkpoint.safetensors"
+    path = tmp_path / "runs" / "standard" / "checkpoint.safetensors"
     content, (tensors, about) = path.read_bytes(), data.load_tensors(path)
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}    # not mapped to the file
     other = {"model.head.0.bias": torch.ones(3)}
-    for damaged in (content[:len(content) // 2], b"", (other, about), (tensors | other, about),
-                    (tensors, {})):
-        if isinstance(damaged, bytes):
-            path.write_bytes(damaged)
-        else:
+    for damaged in ((other, about), (tensors | other, about), (tensors, {}), None):
+        if damaged:
             data.save_tensors(path, *damaged)
+        else:
+            path.write_bytes(content[:len(content) // 2])
         error = stopped(capsys, [*arguments, "--resume"], 2)
         assert "checkpoint.safetensors: " in error and error.endswith("or damaged")
 
@@ -453,19 +421,17 @@ def test_a_batch_without_two_texts_a_class_is_refused_before_the_teacher_reads(
     assert "--batch-size 5: wanted at least 6, two texts of each of 3 classes" in error
 
 
-@pytest.mark.parametrize("keep, other", [([], None), (["tokenizer_config.json"], None),
-                                         ([], "bert"), ([], "roberta")])
+@pytest.mark.parametrize("keep, other", [(["tokenizer_config.json"], None), ([], "bert"),
+                                         ([], "roberta")])
 def test_a_model_without_a_tokenizer_of_its_own_is_refused(task, model_folder, tmp_path, capsys,
                                                            keep, other):
     """Otherwise every text would be [UNK]s, or random words."""
     model = tmp_path / "model"
-    model.mkdir()
+    if other:
+        save_model(model, other)
+    model.mkdir(exist_ok=True)
     for name in ("config.json", "model.safetensors", *keep):
         shutil.copy(model_folder / name, model)
-    if other:
-        for path in save_model(tmp_path / "other", other).iterdir():
-            if not (model / path.name).exists():
-                shutil.copy(path, model)
     if other == read(model / "config.json")["model_type"]:
         return train.main(command(task, model, tmp_path / "runs", "--method", "standard"))
     error = stopped(capsys, command(task, model, tmp_path / "runs"), 2)
@@ -487,18 +453,6 @@ def test_the_toy_encoder_is_taken_from_the_cache(tmp_path, capsys, monkeypatch):
     assert same_weights(tmp_path / "pretrains" / "standard", tmp_path / "finds" / "standard")
     settings = read(tmp_path / "finds" / "standard" / "eval.json")["settings"]
     assert settings.keys() >= {"pwws", "genetic"}
-
-
-def test_another_way_to_make_the_toy_encoder_is_another_encoder(monkeypatch):
-    def stub(folder):
-        folder.mkdir()
-        (folder / "config.json").touch()
-
-    monkeypatch.setattr(train, "pretrain_toy", stub)
-    folders = [train.toy_encoder(), train.toy_encoder()]
-    for owner, name, value in ((torch, "__version__", "1.0"), (transformers, "__version__", "1.0"),
-                               (data, "toy_pretraining_texts", lambda: ["a film"]),
-                               (train, "pretrain_toy", lambda folder: stub(folder))):
-        monkeypatch.setattr(owner, name, value)
-        folders.append(train.toy_encoder())
-    assert folders[0] == folders[1] and len(set(folders)) == 5
+    folder = train.toy_encoder()
+    monkeypatch.setattr(data, "toy_pretraining_texts", lambda: ["a film"] * 40)
+    assert train.toy_encoder() != folder                            # its texts are in its name
