@@ -497,13 +497,6 @@ def tokenizer(request, tmp_path):
     return request.param(tmp_path)
 
 
-def test_a_tokenizer_without_a_vocabulary_is_refused(tokenizer):
-    data.check_tokenizer(tokenizer, "model")
-    empty = train.bert_tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
-    with pytest.raises(data.InputError, match="^model m: its tokenizer knows none of the words"):
-        data.check_tokenizer(empty, "model m")
-
-
 @pytest.mark.parametrize("unknown", ["piece", "unk"])
 def test_one_token_per_word_and_none_is_special_whatever_the_text(tokenizer, unknown):
     vocabulary = data.Vocabulary(tokenizer, 50, NEIGHBORS, unknown)
@@ -549,12 +542,12 @@ def test_a_token_is_once_among_the_candidates_and_the_word_itself_first(tmp_path
 
     def names(word, **limit):
         vocabulary = data.Vocabulary(tokenizer, 9, NEIGHBORS, **limit)
-        assert len(vocabulary.candidates(word)) == len(vocabulary.candidate_words(word))
         return tokenizer.convert_ids_to_tokens(list(vocabulary.candidates(word)))
 
     assert names("good") == ["good", "great", "fine"]  # "goods" is the piece "good"
     assert names("film") == ["film", "movie", "cinema"]  # "cinematic" is the first with "cinema"
-    assert data.Vocabulary(tokenizer, 9, NEIGHBORS).candidate_words("film")[2] == "cinematic"
+    token = tokenizer.convert_tokens_to_ids("cinema")
+    assert data.Vocabulary(tokenizer, 9, NEIGHBORS).candidates("film")[token] == "cinematic"
     assert names("man") == ["man"]
     assert names("film", unknown="unk") == ["film", "movie", "[UNK]", "cinema"]
     assert names("film", max_candidates=3) == ["film", "movie", "cinema"]  # counted afterwards
@@ -636,11 +629,3 @@ def test_batches_are_drawn_anew_but_repeatable_and_of_like_length():
     surplus = [set(np.concatenate(epoch(seed)).tolist()) - set(range(300)) for seed in (0, 1)]
     assert len(surplus[0]) == 300 and len(surplus[0] & surplus[1]) < 100
     assert spread(epoch(0)) < 0.3 * spread([np.random.default_rng(2).permutation(300)[:8]] * 50)
-
-
-def test_batches_by_length_hold_every_index_once_and_similar_lengths():
-    lengths = np.random.default_rng(0).integers(1, 9, 50).tolist()
-    batches = data.batches_by_length(lengths, 8)
-    assert sorted(sum(batches, [])) == list(range(50)) and max(map(len, batches)) == 8
-    assert [lengths[i] for batch in batches for i in batch] == sorted(lengths)
-    assert data.batches_by_length([], 8) == []
