@@ -3,18 +3,15 @@
 A run loads to the predictions that it was trained to. Every run of a comparison is attacked on the
 same texts. Robust accuracy is what a recount of attacks.jsonl gives and never exceeds clean
 accuracy. An evaluation that was interrupted anywhere ends like one that was not. Intervals are the
-textbook's. Bad input is one line and exit code 2. All of it on real runs of tiny models, made by
-train.main: BERT on texts of two classes, RoBERTa on pairs of three.
+textbook's. All of it on real runs of tiny models, made by train.main: BERT on texts of two classes,
+RoBERTa on pairs of three. What bad input leads to is in test_robustness.py.
 """
 import csv
 import io
 import itertools
 import json
-import os
 import shutil
-import socket
 import sys
-import tracemalloc
 from contextlib import suppress
 from types import SimpleNamespace
 from unittest import mock
@@ -69,8 +66,7 @@ def run(runs):
 
 
 def evaluate(*arguments):
-    device = [] if "--device" in arguments else ["--device", "cpu"]
-    eval.main([*map(str, arguments), *device])
+    eval.main([*map(str, arguments), "--device", "cpu"])
 
 
 def refused(capsys, *arguments):
@@ -82,10 +78,6 @@ def refused(capsys, *arguments):
     assert stop.value.code == 2 and error.startswith("eval.py: error: "), error
     assert "\n" not in error, error
     return error
-
-
-def load(run, **more):
-    return eval.load_run(run, "cpu", **more)
 
 
 def json_of(path):
@@ -109,13 +101,6 @@ def change(path, **values):
     return path
 
 
-def change_head(run, edit):
-    """Applies edit to the tensors of a run's head and projections, {name: tensor}."""
-    tensors, about = data.load_tensors(run / "model.safetensors")
-    edit(tensors)
-    data.save_tensors(run / "model.safetensors", tensors, about)
-
-
 def examples_of(run, split="test"):
     return getattr(eval.open_task(eval.settings_of(run)[0]), split)
 
@@ -134,7 +119,8 @@ def swaps(line):
 def test_a_run_loads_to_the_predictions_of_training(runs, kind, method):
     """The loaded run has the clean and the hull accuracy that training measured and wrote down."""
     run = runs[kind] / method
-    metrics, examples, victim = json_of(run / "metrics.json"), examples_of(run), load(run)
+    metrics, examples = json_of(run / "metrics.json"), examples_of(run)
+    victim = eval.load_run(run, "cpu")
     P = victim([data.to_text(x.words) for x in examples])
     assert P.shape == (len(examples), {"texts": 2, "pairs": 3}[kind]) and P.dtype == np.float32
     assert np.allclose(P.sum(1), 1, atol=1e-6)
@@ -149,7 +135,7 @@ def test_batches_do_not_matter(runs):
     run = runs["pairs"] / "rift"
     examples = examples_of(run)
     texts = [data.to_text(x.words) for x in examples]
-    small, large = (load(run, batch_size=size) for size in (1, 64))
+    small, large = (eval.load_run(run, "cpu", batch_size=size) for size in (1, 64))
     assert np.allclose(small(texts), large(texts), atol=1e-5)
     for steps in (0, 2):                                        # 0: the noise alone
         few, all = (eval.hull_attack(victim, some, steps=steps)[1]
@@ -161,20 +147,18 @@ def test_batches_do_not_matter(runs):
 @pytest.mark.parametrize("kind, texts, message", [
     ("texts", "a great film", "is one text, not a list of texts"),
     ("texts", [("a movie", "a film")], "the model reads a string each"),
-    ("texts", ["a", 5], "5: the model reads a string each"),
     ("pairs", ["a great film"], "the model reads a pair of strings each"),
-    ("pairs", [("a", "b", "c")], "the model reads a pair of strings each"),
     ("pairs", [("a", 2)], "the model reads a pair of strings each"),
 ])
 def test_what_is_no_list_of_texts_is_an_error(runs, kind, texts, message):
     with pytest.raises(ValueError, match=message):
-        load(runs[kind] / "rift")(texts)
+        eval.load_run(runs[kind] / "rift", "cpu")(texts)
 
 
 @pytest.mark.parametrize("kind", ["texts", "pairs"])
 def test_texts_of_one_key_are_one_text_to_the_model(runs, kind):
     """Every word that the model sees counts, also where a premise ends; no other word does."""
-    victim = load(runs[kind] / "rift")
+    victim = eval.load_run(runs[kind] / "rift", "cpu")
 
     def text(words, premise="this movie"):
         return words if kind == "texts" else (premise, words)
@@ -188,20 +172,13 @@ def test_texts_of_one_key_are_one_text_to_the_model(runs, kind):
     assert len(keys) == len(different) + 2 * (kind == "pairs")
 
 
-@pytest.mark.filterwarnings("ignore:.*nothing was attacked")
 @pytest.mark.parametrize("kind, premise, sees", [("texts", None, 14), ("pairs", 4, 9),
                                                  ("pairs", 13, 0), ("pairs", 30, 0)])
 def test_words_that_a_run_does_not_see_are_not_attacked(runs, kind, premise, sees):
     """Of 16 tokens 14 are words of a text; of a pair 13, the premise's first."""
-    victim = load(runs[kind] / "rift")
     long = " ".join(["good movie"] * 100)
     text = long if premise is None else (" ".join(["plot"] * premise), long)
-    assert victim.visible(text) == sees
-    y = int(victim([text]).argmax())
-    found, = attacks.attack(victim, [(0, text, y)], attacks.pwws, TABLE, progress=False)
-    assert found.substitutable == sees and found.words_changed <= sees
-    before, after = (data.from_text(x)[-1] for x in (found.original, found.adversarial))
-    assert before[sees:] == after[sees:] and len(before) == 200
+    assert eval.load_run(runs[kind] / "rift", "cpu").visible(text) == sees
 
 
 # ---- Accuracy, and how certain it is -------------------------------------------------------------
@@ -210,7 +187,7 @@ def test_words_that_a_run_does_not_see_are_not_attacked(runs, kind, premise, see
 @pytest.mark.parametrize("kind", ["texts", "pairs"])
 def test_the_hull_gives_texts_of_candidates(runs, kind):
     """The predictions are the victim's own on these texts; words become candidates of theirs."""
-    victim, examples = load(runs[kind] / "rift"), examples_of(runs[kind] / "rift")
+    victim, examples = eval.load_run(runs[kind] / "rift", "cpu"), examples_of(runs[kind] / "rift")
     predictions, texts, S = eval.hull_attack(victim, examples)
     assert np.array_equal(predictions, victim([data.to_text(x) for x in texts]).argmax(1))
     assert torch.allclose(S, victim.features(texts), atol=1e-5)
@@ -226,12 +203,8 @@ def test_the_hull_gives_texts_of_candidates(runs, kind):
     (1, 1, 0.2065, 1)])
 def test_wilson(successes, n, low, high):
     assert eval.wilson(successes, n) == pytest.approx((low, high), abs=2e-4)
-
-
-@pytest.mark.parametrize("n", [15, 30, 31])
-def test_wilson_is_not_below_0(n):
-    """Rounding alone would take it there, and it would be printed as -0.000."""
-    assert f"{eval.wilson(0, n)[0]:.3f}" == "0.000" and eval.wilson(n, n)[1] <= 1
+    # rounding alone would take it below 0, and it would be printed as -0.000
+    assert f"{eval.wilson(0, 15 * n)[0]:.3f}" == "0.000" and eval.wilson(15 * n, 15 * n)[1] <= 1
 
 
 def difference(a, b, **more):
@@ -269,16 +242,6 @@ def test_bootstrap_of_several_runs_is_as_uncertain_as_runs_and_texts():
     assert difference(both, bad) == pytest.approx(difference(mixed, bad), abs=1e-9)
 
 
-def test_bootstrap_needs_little_memory():
-    """2,000 draws of 2,500 texts at once would be 40 MB for the numbers of the texts alone."""
-    x = np.ones((2, 2500))
-    tracemalloc.start()
-    difference(x, x, draws=2000)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 20e6
-
-
 def evaluation(clean, robust, method="adv", **settings):
     """An Evaluation of 100 texts with these accuracies; clean, robust: share or (N,) bool."""
     def right(share):
@@ -313,9 +276,36 @@ def test_runs_are_averaged_over_seeds_only():
     assert eval.by_settings([*same, *rift], "alpha") == {"adv": same, "rift": rift}
 
 
-def report(capsys, *evaluations):
-    eval.report([list(evaluations)], eval.parse(["runs", "--attacks", "pwws"]))
+def report(capsys, *evaluations, more=()):
+    eval.report([list(evaluations)], eval.parse(["runs", "--attacks", "pwws", *map(str, more)]))
     return capsys.readouterr().out
+
+
+def test_the_table_recounts_the_lines_of_the_attacks(capsys, tmp_path):
+    """By hand, for a text that became another class and a pair that has no word with a synonym.
+
+    words: share of changed words where the attack succeeded; fixed: share of texts without
+    synonyms. --show prints what changed, --csv writes all lines.
+    """
+    fooled = dict(index=3, attack="pwws", label=0, original="a good movie",
+                  adversarial="a great film", success=True, prediction=1, words_changed=2,
+                  queries=9, substitutable=2)
+    survived = fooled | dict(index=5, original=("a", "b c"), adversarial=("a", "b c"), queries=2,
+                             success=False, prediction=0, words_changed=0, substitutable=0)
+    x, empty = evaluation(0.5, 0.25), evaluation(0, 0, seed=1)
+    x.lines["pwws"], x.settings["pwws"]["max_queries"] = [fooled, survived], 20
+    out = report(capsys, x, empty, more=["--csv", tmp_path / "texts.csv"])
+    head, row, nothing = out.splitlines()[2:5]
+    assert "pwws (unknown NULL, max queries 20)" in head
+    assert row.split() == ["runs/adv-0", "100", "0.500", "[0.404,", "0.596]", "0.250", "[0.175,",
+                           "0.343]", "66.7%", "6", "50.0%"]
+    assert nothing.split()[4:] == ["0.037]", "0.000", "[0.000,", "0.037]", "-", "-", "-"]
+    assert "runs/adv-0, pwws: neg -> pos\n  a [good -> great] [movie -> film]\n" in out
+    with open(tmp_path / "texts.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = [{"run": "runs/adv-0"} | fooled, {"run": "runs/adv-0"} | survived
+                | {"original": "a | b c", "adversarial": "a | b c"}]
+    assert rows == [{key: str(value) for key, value in line.items()} for line in expected]
 
 
 def test_methods_are_compared_by_mean_and_spread(capsys):
@@ -362,7 +352,7 @@ def test_the_figures_are_a_recount_of_the_lines(runs, kind, capsys):
     before = json_of(run / "metrics.json")
     evaluate(run, *BOTH, "--attacks", "pwws", "genetic", "hull", "--num-examples", 14)
     summary, lines = json_of(run / "eval.json"), lines_of(run)
-    victim, examples = load(run), examples_of(run)
+    victim, examples = eval.load_run(run, "cpu"), examples_of(run)
     assert set(summary) == {"clean", "pwws", "genetic", "hull", "num_examples", "settings"}
     attacked, N = {line["index"] for line in lines}, summary["num_examples"]
     assert N == 14 and summary["clean"] == len(attacked) / N
@@ -394,25 +384,18 @@ def test_the_figures_are_a_recount_of_the_lines(runs, kind, capsys):
     assert "hull (steps 3)" in out
 
 
-def test_each_command_is_deterministic(run, capsys):
-    outputs, files = [], []
-    for more in ([], [], ["--overwrite"], ["--overwrite", "--batch-size", 3]):
-        evaluate(run, *BOTH, "--num-examples", 9, *more)
-        outputs.append(capsys.readouterr().out)
-        files.append(files_of(run))
-    assert outputs.count(outputs[0]) == files.count(files[0]) == 4
-
-
 def test_every_run_is_attacked_on_the_same_texts(runs, capsys):
-    folders = [runs["texts"] / method for method in METHODS]
-    evaluate(*folders, runs["pairs"] / "rift", "--attacks", "pwws", "--num-examples", 6,
-             "--seed", 3)
+    """They depend on --seed; no attack asks for more texts than --max-queries."""
+    folders = [*(runs["texts"] / method for method in METHODS), runs["pairs"] / "rift"]
+    command = ["--attacks", "pwws", "--num-examples", 6, "--max-queries", 10]
+    evaluate(*folders, *command, "--seed", 3)
     table = capsys.readouterr().out.split("Accuracy on")[1].split("\n\n")[0].splitlines()[2:]
-    shown = [[str(folder), "6"] for folder in (*folders, runs["pairs"] / "rift")]
+    shown = [[str(folder), "6"] for folder in folders]
     assert [row.split()[:2] for row in table] == shown           # two tasks share a table
-    first = {line["index"] for folder in folders for line in lines_of(folder)}
-    assert len(first) <= 6
-    evaluate(folders[0], "--attacks", "pwws", "--num-examples", 6, "--seed", 4, "--overwrite")
+    lines = [line for folder in folders[:3] for line in lines_of(folder)]
+    first = {line["index"] for line in lines}
+    assert len(first) <= 6 and max(line["queries"] for line in lines) == 10
+    evaluate(folders[0], *command, "--seed", 4, "--overwrite")
     assert {line["index"] for line in lines_of(folders[0])} - first
 
 
@@ -457,10 +440,6 @@ def test_ctrl_c_keeps_the_finished_texts_and_says_how_to_go_on(run, capsys):
     assert stop.value.code == 130 and error == (
         "eval.py: stopped; finished texts are kept: the same command goes on without --overwrite")
     assert len(lines_of(run)) == 2
-    with mock.patch.object(attacks, "attack", side_effect=attacks.attack) as attack:
-        evaluate(run, "--attacks", "pwws")
-    asked = {i for i, _, _ in attack.call_args.args[1]}
-    assert asked and len(lines_of(run)) == len(asked) + 2        # those two are not attacked again
 
 
 def test_more_examples_go_on_from_the_finished_ones(run):
@@ -481,11 +460,9 @@ def test_more_examples_go_on_from_the_finished_ones(run):
 @pytest.mark.parametrize("more, message", [
     (["--seed", 1], "holds clean with seed 0, not 1"),
     (["--population", 7], "holds genetic with population 6, not 7"),
-    (["--generations", 4], "holds genetic with generations 3, not 4"),
     (["--max-queries", 9], "holds pwws with max_queries None, not 9"),
     (["--precision", "bf16"], "precision fp32, not bf16"),
     (["--neighbors", "other.json"], "holds pwws with neighbors"),
-    (["--lm-constraint", "LM"], "holds genetic with lm_constraint none, not LM"),
     ([], "holds clean with weights"),
 ])
 def test_other_settings_and_other_weights_are_refused(run, capsys, tmp_path, monkeypatch, more,
@@ -493,12 +470,10 @@ def test_other_settings_and_other_weights_are_refused(run, capsys, tmp_path, mon
     """What was attacked on other terms is not printed beside what is attacked now."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.json").write_text(json.dumps({"good": ["bad"]}))
-    monkeypatch.setattr(attacks, "CausalLM", lambda *args: None)
-    real = eval.model_folder
-    monkeypatch.setattr(eval, "model_folder", lambda name: name if name == "LM" else real(name))
     evaluate(run, *BOTH, "--num-examples", 8)
     if not more:
-        change_head(run, lambda tensors: tensors["head.2.weight"].neg_())
+        tensors, about = data.load_tensors(run / "model.safetensors")
+        data.save_tensors(run / "model.safetensors", {x: -p for x, p in tensors.items()}, about)
     before = files_of(run)
     error = refused(capsys, run, *BOTH, "--num-examples", 8, *more)
     assert message in error and "--overwrite" in error and files_of(run) == before
@@ -526,50 +501,6 @@ def test_dev_has_files_of_its_own(run):
     assert {line["original"] for line in lines_of(run, "attacks-dev.jsonl")} <= known
 
 
-def test_a_run_that_is_never_right_is_not_attacked(run, capsys):
-    """Clean and robust accuracy 0, nothing to count: no warning, no nan."""
-    examples = examples_of(run)
-    first = int(np.random.default_rng(0).permutation(len(examples))[0])
-
-    def always_wrong(tensors):
-        tensors["head.2.weight"].zero_()
-        tensors["head.2.bias"][:] = torch.eye(2)[1 - examples[first].y]
-
-    change_head(run, always_wrong)
-    evaluate(run, "--attacks", "pwws", "hull", "--num-examples", 1)
-    summary, out = json_of(run / "eval.json"), capsys.readouterr()
-    assert summary["clean"] == summary["pwws"] == 0 and lines_of(run) == []
-    assert "0.000 [0.000, " in out.out and "nan" not in out.out and "Warning" not in out.err
-
-
-def test_the_table_says_how_many_texts_there_are_and_how_many_cannot_change(run, tmp_path, capsys):
-    """Those without synonyms count as robust: the column `fixed` says how many they are."""
-    (tmp_path / "table.json").write_text(json.dumps({"movie": ["film"]}))
-    evaluate(run, "--attacks", "pwws", "--neighbors", tmp_path / "table.json", "--show", 0)
-    out = capsys.readouterr().out
-    _, head, row = out.split("Accuracy on")[1].split("\n\n")[0].splitlines()
-    fixed = np.mean(["movie" not in line["original"].split() for line in lines_of(run)])
-    assert 0 < fixed < 1 and head.split()[-1] == "fixed" and row.split()[-1] == f"{fixed:.1%}"
-    assert "There are only 16 such test texts" in out and row.split()[1] == "16"
-
-
-def test_successes_are_printed_with_their_changes(runs, capsys):
-    """--show of every run and attack, with the label that was and the one predicted now."""
-    marked = eval.marked(["a film", "a good movie"], ("a film", "a great film"))
-    assert marked == "a film | a [good -> great] [movie -> film]"
-    folders = [runs["texts"] / method for method in METHODS]
-    evaluate(*folders, "--attacks", "pwws", "hull", "--show", 1)
-    out, fooled = " ".join(capsys.readouterr().out.split()), 0
-    for folder, attack in itertools.product(folders, ("pwws", "hull")):
-        successes = [x for x in lines_of(folder) if x["success"] and x["attack"] == attack]
-        for line in successes[:1]:
-            before, after = (["neg", "pos"][line[key]] for key in ("label", "prediction"))
-            text = eval.marked(line["original"], line["adversarial"])
-            assert f"{folder}, {attack}: {before} -> {after} {text}" in out
-        fooled += bool(successes)
-    assert fooled and out.count(" -> neg ") + out.count(" -> pos ") == fooled
-
-
 def test_what_the_terminal_cannot_show_does_not_stop_it(runs, monkeypatch):
     run = runs["texts"] / "standard"
     change(run, labels=["neg \N{CRYING FACE}", "pos \N{GRINNING FACE}"])
@@ -578,21 +509,6 @@ def test_what_the_terminal_cannot_show_does_not_stop_it(runs, monkeypatch):
     evaluate(run, "--attacks", "pwws", "hull")
     terminal.flush()
     assert b"pos ? -> neg ?" in terminal.buffer.getvalue()
-
-
-def test_max_queries_is_said_and_kept_and_csv_has_all_lines(runs, tmp_path, capsys):
-    folders, path = [runs["texts"] / "adv", runs["pairs"] / "rift"], tmp_path / "texts.csv"
-    evaluate(*folders, "--attacks", "pwws", "--max-queries", 20, "--csv", path)
-    assert "pwws (unknown NULL, max queries 20)" in capsys.readouterr().out
-    lines = [{"run": str(folder)} | line for folder in folders for line in lines_of(folder)]
-    assert max(line["queries"] for line in lines) == 20
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    for line in lines:
-        for key in ("original", "adversarial"):
-            line[key] = line[key] if isinstance(line[key], str) else " | ".join(line[key])
-    lines = [{key: str(value) for key, value in line.items()} for line in lines]
-    assert sorted(rows, key=str) == sorted(lines, key=str)
 
 
 def random_search(words, y, synonyms, rng, tries=50):
@@ -607,36 +523,34 @@ def random_search(words, y, synonyms, rng, tries=50):
 
 
 def test_another_attack_is_one_function_and_one_line(runs, monkeypatch, capsys):
+    """An eval.py that does not know it keeps the lines that it found."""
     run = runs["texts"] / "standard"
     monkeypatch.setitem(eval.ATTACKS, "random", random_search)
-    evaluate(run, "--attacks", "random", "pwws")
+    evaluate(run, "--attacks", "random")
     assert "random (tries 50)" in capsys.readouterr().out
-    lines = [line for line in lines_of(run) if line["attack"] == "random"]
+    lines, summary = lines_of(run), json_of(run / "eval.json")
     assert any(line["success"] for line in lines) and all(line["queries"] <= 51 for line in lines)
-    assert json_of(run / "eval.json")["settings"]["random"]["tries"] == 50
-    assert json_of(run / "metrics.json")["random"] == json_of(run / "eval.json")["random"]
+    assert summary["settings"]["random"]["tries"] == 50
+    assert json_of(run / "metrics.json")["random"] == summary["random"]
+    monkeypatch.delitem(eval.ATTACKS, "random")
+    evaluate(run, "--attacks", "pwws")
+    assert [line for line in lines_of(run) if line["attack"] == "random"] == lines
 
 
 # ---- Tables and constraints ----------------------------------------------------------------------
 
 
-def test_neighbors_replace_the_runs_own(run, tmp_path):
-    (tmp_path / "other.json").write_text(json.dumps({"movie": ["story"], "film": ["story"]}))
-    evaluate(run, "--attacks", "pwws", "hull", "--neighbors", tmp_path / "other.json")
-    changed = set().union(*map(swaps, lines_of(run)))
-    assert changed and changed <= {("movie", "story"), ("film", "story")}
-
-
-def test_pwws_wordnet_uses_wordnet_whatever_the_runs_table(run, monkeypatch):
+def test_neighbors_replace_the_runs_own_but_not_those_of_pwws_wordnet(run, tmp_path, monkeypatch):
     wordnet = {word: ["quite"] for word in ("the", "a", "this")}
     monkeypatch.setattr(data, "load_neighbors", lambda source=None, *rest:
                         wordnet if source == "wordnet" else LOAD_NEIGHBORS(source, *rest))
-    evaluate(run, "--attacks", "pwws-wordnet", "pwws")
-    for name, table in (("pwws-wordnet", wordnet), ("pwws", TABLE)):
-        mine = [swaps(line) for line in lines_of(run) if line["attack"] == name]
-        assert any(mine) and {a for pairs in mine for a, _ in pairs} <= table.keys()
-    settings = json_of(run / "eval.json")["settings"]
-    assert settings["pwws-wordnet"]["neighbors"] != settings["pwws"]["neighbors"]
+    other = {"movie": ["story"], "film": ["story"]}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    evaluate(run, "--attacks", "pwws", "hull", "pwws-wordnet", "--neighbors",
+             tmp_path / "other.json")
+    for name, table in (("pwws-wordnet", wordnet), ("pwws", other), ("hull", other)):
+        mine = set().union(*[swaps(x) for x in lines_of(run) if x["attack"] == name])
+        assert mine and all(b in table[a] for a, b in mine)
 
 
 def score_file(examples, score):
@@ -775,27 +689,16 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(runs, draw):
     assert [text.get_text() for text in ax.texts] == ["1", "5"] * 3
 
 
-def test_two_tasks_are_two_rows(runs, draw):
-    panels = draw(runs["texts"] / "rift", runs["pairs"] / "standard", runs["pairs"] / "rift")
-    counts = {title: len(axes) for title, axes in panels.items()}
-    assert counts == {"texts, dev texts": 4, "pairs, dev texts": 4}
-    texts, pairs = (panels[title][0].get_position() for title in counts)
-    assert texts.y0 > pairs.y1 and texts.x0 == pytest.approx(pairs.x0, abs=0.05)
-
-
-def test_figures_show_attacks_and_of_dev_the_kept_epoch(run, draw, tmp_path):
-    """What was attacked is eval.json's, with Wilson's interval; dev is never the test split's."""
-    other = change(shutil.copytree(run, run.parent / "other"), beta=0.5)
-    (ax,), = draw(run, other, "--split", "dev").values()
+def test_figures_show_attacks_and_of_dev_the_kept_epoch(run):
+    """What was attacked is eval.json's; dev is never the test split's."""
     best = json_of(run / "metrics.json")["best_epoch"]
     kept, = [line for line in lines_of(run, "log.jsonl") if line["epoch"] == best]
-    assert curves(ax)["rift"].tolist() == [[kept["dev_clean"], kept["dev_hull"]]] * 2
-    (ax,), = draw(run, other, "--attacks", "pwws", "--plot-attack", "pwws", name="figure").values()
-    x = json_of(run / "eval.json")
-    assert curves(ax)["rift"].tolist() == [[x["clean"], x["pwws"]]] * 2
-    interval = ax.containers[0].lines[2][0].get_segments()[0][:, 0]
-    assert np.allclose(interval, eval.wilson(x["clean"] * x["num_examples"], x["num_examples"]))
-    assert (tmp_path / "figure").read_bytes()[1:4] == b"PNG"     # also without an extension
+    scores = eval.read_finished(run, "hull", "dev").scores
+    assert scores == {"clean": kept["dev_clean"], "hull": kept["dev_hull"]}
+    evaluate(run, "--attacks", "pwws", "--num-examples", 5)
+    shown, summary = eval.read_finished(run, "pwws", "test"), json_of(run / "eval.json")
+    assert shown.scores["pwws"] == summary["pwws"] and shown.n == 5
+    assert np.allclose(eval.spread([0.4], 5)[1:], np.abs(np.subtract(eval.wilson(2, 5), 0.4)))
 
 
 def test_without_matplotlib_it_is_one_line(run, monkeypatch, capsys, tmp_path):
@@ -808,208 +711,57 @@ def test_without_matplotlib_it_is_one_line(run, monkeypatch, capsys, tmp_path):
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """The hub's empty cache, and no network: a folder and the list of what was asked of it."""
-    asked = []
+def hub(tmp_path, model_folder, monkeypatch):
+    """A machine without network that has some/model in its cache: the folder, and what was asked
+    of the hub, a list."""
+    cached, asked = shutil.copytree(model_folder, tmp_path / "cached"), []
 
-    def unreachable(*args, **kwargs):
-        asked.append(args)
-        raise OSError("Network is unreachable")
+    def snapshot_download(name, local_files_only, **files):
+        asked.extend([name] * (not local_files_only))
+        if name != "some/model":
+            raise OSError("Network is unreachable\nand more")
+        return cached
 
-    monkeypatch.setattr(socket, "create_connection", unreachable)
-    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    return tmp_path / "hub", asked
-
-
-def snapshot(hub, model, without=()):
-    """Puts a model's folder into the hub's cache as some/model, without some of its files."""
-    folder = hub / "models--some--model"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text("abc123")
-    leave_out = shutil.ignore_patterns(*without)
-    return shutil.copytree(model, folder / "snapshots" / "abc123", ignore=leave_out)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return cached, asked
 
 
 def test_a_cached_model_needs_no_network(hub, model_folder):
-    cache, asked = hub
-    cached = snapshot(cache, model_folder)
-    assert eval.model_folder("some/model") == cached
+    cached, asked = hub
     encoder, tokenizer = eval.load_encoder("some/model")
     there, _ = eval.load_encoder(model_folder)
     assert asked == [] and "film" in tokenizer.decode(tokenizer("film")["input_ids"])
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), there.parameters()))
 
 
-@pytest.mark.parametrize("name, without, message", [
+@pytest.mark.parametrize("name, missing, message", [
     ("some/model", ["*.safetensors"], "cannot be loaded"),
     ("some/model", ["tokenizer.json", "vocab*", "merges*"], "tokenizer"),
-    ("some/other", [], "neither a folder nor a model that the hub gives"),
+    ("some/other", [], "neither a folder nor a model that the hub gives .Network is unreachable."),
     ("./nowhere", [], "no such folder"), ("a/b/c", [], "no such folder")])
-def test_a_model_that_is_not_there_is_one_line(hub, model_folder, name, without, message):
+def test_a_model_that_is_not_there_is_one_line(hub, name, missing, message):
     """Only what may be on the hub is asked for, also what is cached in part."""
-    cache, asked = hub
-    snapshot(cache, model_folder, without)
+    cached, asked = hub
+    for path in [path for pattern in missing for path in cached.glob(pattern)]:
+        path.unlink()
     with pytest.raises(data.InputError, match=f"^model {name}: [^\n]*{message}[^\n]*$"):
         eval.load_encoder(name)
     assert bool(asked) == name.startswith("some")
 
 
-def pickle_instead(encoder):
-    (encoder / "model.safetensors").unlink()
-    torch.save({"x": torch.zeros(1)}, encoder / "pytorch_model.bin")
-
-
-def deberta(encoder):
-    data.write_json(encoder / "config.json", {"model_type": "deberta-v2"})
-    pickle_instead(encoder)                                      # the kind is what matters first
-
-
-def pointer(encoder):
-    content = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
-    (encoder / "model.safetensors").write_bytes(content)
-
-
-def without(name, start):
-    """Takes the tensors of one kind out of a safetensors file."""
-    def damage(folder):
-        with safetensors.safe_open(folder / name, "pt") as file:
-            kept = {key: file.get_tensor(key) for key in file.keys() if not key.startswith(start)}
-            metadata = file.metadata()
-        (folder / name).write_bytes(safetensors.torch.save(kept, metadata))
-    return damage
-
-
-def tokenizer_gone(encoder):
-    for name in ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt"):
-        (encoder / name).unlink(missing_ok=True)
-
-
-def other_tokenizer(encoder):
-    kind = json_of(encoder / "config.json")["model_type"]
-    other = save_model(encoder / "other", {"bert": "roberta", "roberta": "bert"}[kind])
-    tokenizer_gone(encoder)
-    for path in other.glob("*token*"):
-        path.replace(encoder / path.name)
-
-
-def cut(name, keep):
-    return lambda folder: os.truncate(folder / name, keep)
-
-
-def write(name, content):
-    return lambda folder: (folder / name).write_bytes(content)
-
-
-def remove(name):
-    return lambda folder: data.remove(folder / name)
-
-
-ENCODERS = [
-    ("pickle", pickle_instead, "has only pytorch_model.bin, which can run code when read; convert"),
-    ("DeBERTa", deberta, "config.json has model_type 'deberta-v2', wanted bert or roberta"),
-    ("Git LFS pointer", pointer, "model.safetensors: is a Git LFS pointer, not the weights"),
-    ("weights cut short", cut("model.safetensors", 9000), "cannot be loaded"),
-    ("no second layer", without("model.safetensors", "encoder.layer.1."), "16 tensors are missing"),
-    ("no tokenizer", tokenizer_gone, "tokenizer"),
-    ("tokenizer of another model", other_tokenizer, "tokenizer"),
-]
-
-
-@pytest.mark.parametrize("damage, message", [x[1:] for x in ENCODERS], ids=[x[0] for x in ENCODERS])
-def test_a_model_that_cannot_be_used_is_one_line(model_folder, tmp_path, damage, message):
-    """Also the encoder of a finished run: without its tokenizer it would be at chance."""
-    encoder = shutil.copytree(model_folder, tmp_path / "encoder")
-    damage(encoder)
-    with pytest.raises(data.InputError, match="^[^\n]*$") as error:
-        eval.load_encoder(encoder)
-    assert message in str(error.value) and str(encoder) in str(error.value)
-
-
 def test_only_a_pooler_may_be_missing(model_folder, tmp_path):
     """One that was never pre-trained starts at random; a finished run has its own."""
-    encoder = shutil.copytree(model_folder, tmp_path / "encoder")
-    without("model.safetensors", "pooler.")(encoder)
-    eval.load_encoder(encoder)
+    path = shutil.copytree(model_folder, tmp_path / "encoder") / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+
+    def keep(left_out):
+        kept = {key: p for key, p in tensors.items() if not key.startswith(left_out)}
+        safetensors.torch.save_file(kept, path, {"format": "pt"})
+
+    keep("pooler.")
+    eval.load_encoder(path.parent)
     with pytest.raises(data.InputError, match="2 tensors are missing"):
-        eval.load_encoder(encoder, complete=True)
-
-
-# ---- Bad input -----------------------------------------------------------------------------------
-
-
-BAD_FLAGS = [
-    (["--attacks", "hotflip"], "invalid choice: 'hotflip'"),
-    (["--attacks"], "--attacks: expected at least one argument"),
-    (["--num-examples", "1e3"], "--num-examples: '1e3' has to be an integer of at least 1"),
-    (["--population", "1"], "--population: '1' has to be an integer of at least 2"),
-    (["--show", "-1"], "--show: '-1' has to be an integer of at least 0"),
-    (["--num", "3"], "unrecognized arguments: --num 3"),
-    (["--device", "warp"], "--device warp: not on this machine"),
-    (["--attacks", "genetic", "--lm-constraint", "scores", "--data-dir", "/nowhere"], "/nowhere: "),
-    (["--attacks", "genetic", "--lm-constraint", "/nowhere"], "--lm-constraint /nowhere: neither"),
-    (["--neighbors", "/nowhere.json"], "/nowhere.json: "),
-    (["--neighbors", "table.csv"], "table.csv: wanted"),
-    (["--plot", "figure.docx"], "figure.docx: Format 'docx' is not supported"),
-    (["--plot", "figure.png", "--plot-attack", "genetic"], "on test was without genetic: first"),
-]
-
-
-@pytest.mark.parametrize("flags, message", BAD_FLAGS, ids=[" ".join(x) for x, _ in BAD_FLAGS])
-def test_bad_flags_are_one_line(run, capsys, tmp_path, monkeypatch, flags, message):
-    if "--plot" in flags:
-        pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
-    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
-    assert message in refused(capsys, run, *flags)
-    assert before == {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
-
-
-RUNS = [
-    ("no folder", shutil.rmtree, "no run of train.py, it has no config.json"),
-    ("config cut short", cut("config.json", 100), f"config.json: {data.NOT_OURS}"),
-    ("config without settings", write("config.json", b"{}"), "config.json: not a run of this"),
-    ("too long for the encoder", lambda run: change(run, max_len=512), "the encoder positions for"),
-    ("other data", lambda run: change(run, train_size=8), "was trained on other data than is"),
-    ("the data is gone", lambda run: change(run, task="/nowhere"), "unknown task '/nowhere'"),
-    ("unfinished", remove("metrics.json"), "the run is not finished; train.py --resume goes on"),
-    ("no table", remove("neighbors.json"), "neighbors.json: cannot be read"),
-    ("model cut short", cut("model.safetensors", 9000), f"model.safetensors: {data.NOT_OURS}"),
-    ("model of another kind", lambda run: shutil.copy(run / "encoder" / "model.safetensors", run),
-     f"model.safetensors: {data.NOT_OURS}"),
-    ("no head", lambda run: change_head(run, lambda x: x.pop("head.0.bias")),
-     "model.safetensors: of another run, or damaged"),
-    ("more classes", lambda run: change(run, labels=["neg", "pos", "so-so"]),
-     "model.safetensors: of another run, or damaged"),
-    ("no encoder", remove("encoder"), "encoder: no such folder"),
-    ("no tokenizer", lambda run: tokenizer_gone(run / "encoder"), "tokenizer"),
-    ("eval.json cut short", write("eval.json", b'{"cle'), f"eval.json: {data.NOT_OURS}"),
-]
-
-
-@pytest.mark.parametrize("damage, message", [x[1:] for x in RUNS], ids=[x[0] for x in RUNS])
-def test_a_damaged_run_is_refused_by_name(run, capsys, damage, message):
-    damage(run)
-    error = refused(capsys, run, "--attacks", "pwws")
-    assert message in error and (str(run) in error or "/nowhere" in error), error
-
-
-def test_a_full_disk_is_one_line(run, capsys, monkeypatch):
-    """What was there before stays."""
-    evaluate(run, "--attacks", "pwws", "--num-examples", 4)
-    before = files_of(run)
-    full = OSError(28, "No space left on device")
-    monkeypatch.setattr(data.os, "replace", mock.Mock(side_effect=full))
-    error = refused(capsys, run, "--attacks", "pwws", "--num-examples", 8)
-    assert "No space left on device" in error and str(run) in error and files_of(run) == before
-
-
-def test_attacks_that_this_program_does_not_know_keep_their_lines(run, monkeypatch):
-    """Another eval.py, without somebody's own attack, does not delete what that one found."""
-    monkeypatch.setitem(eval.ATTACKS, "mine", attacks.pwws)
-    eval.main([str(run), "--attacks", "mine", "--num-examples", "4"])
-    monkeypatch.delitem(eval.ATTACKS, "mine")
-    eval.main([str(run), "--attacks", "pwws", "--num-examples", "4"])
-    lines = data.read_lines(run / "attacks.jsonl")
-    assert {line["attack"] for line in lines} == {"mine", "pwws"}
+        eval.load_encoder(path.parent, complete=True)
+    keep("encoder.layer.1.")
+    with pytest.raises(data.InputError, match="16 tensors are missing"):
+        eval.load_encoder(path.parent)

@@ -8,7 +8,6 @@ read-only disk is one line with the path, and what was there stays. Ctrl-C is on
 gets one line for each epoch and no progress bars.
 """
 import errno
-import io
 import json
 import multiprocessing
 import os
@@ -18,14 +17,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
-import termios
-import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from transformers import PreTrainedModel
 
@@ -33,7 +30,7 @@ import data
 import eval
 import rift
 import train
-from tests.conftest import TABLE, WORDS, review, save_model, write_task
+from tests.conftest import TABLE, review, save_model, write_task
 
 ROOT = Path(__file__).parents[1]
 TRAIN = """--task task --model bert --neighbors task/neighbors.json --out runs --epochs 2
@@ -181,7 +178,7 @@ def test_a_run_killed_while_it_finishes_ends_like_one_that_was_never_killed(
 
 
 @pytest.mark.parametrize("script, module", [
-    ("train.py", "numpy"), ("train.py", "torch"), ("eval.py", "numpy")])
+    ("train.py", "torch"), ("eval.py", "numpy")])
 def test_ctrl_c_during_the_imports_is_one_line(tmp_path, script, module):
     """As soon as the module is imported; Python itself says when that is."""
     process = subprocess.Popen([sys.executable, "-X", "importtime", ROOT / script], text=True,
@@ -192,49 +189,6 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path, script, module):
     out, err = process.communicate(timeout=120)
     said = [line for line in err.splitlines() if line and not line.startswith("import time:")]
     assert process.returncode == 130 and said == [f"{script}: stopped"] and not out
-
-
-def waits_in_step(n, folder, terminal):
-    """Trains with its messages on a terminal, and says "now" in the n-th step, which never ends."""
-    enter(folder)
-    os.dup2(os.open(terminal, os.O_RDWR), 2)
-    sys.stderr = open(2, "w", buffering=1, closefd=False)
-    objective, steps = rift.objective, []
-
-    def endless(*args):
-        steps.append(1)
-        if len(steps) == n:
-            print("now", file=sys.stderr)
-            threading.Event().wait(300)
-        return objective(*args)
-
-    rift.objective = endless
-    train.main([*TRAIN, "--out", "stopped"])
-
-
-@pytest.mark.parametrize("n, hint", [(2, "no epoch was finished yet"),
-                                     (6, "the same command with --resume goes on")])
-def test_ctrl_c_in_a_step_is_one_line_and_hints_at_resume_if_there_is_a_checkpoint(
-        base, tmp_path, n, hint):
-    """The progress bar is not drawn again below that line."""
-    folder, (master, slave) = shutil.copytree(base, tmp_path / "here"), os.openpty()
-    termios.tcsetwinsize(slave, (24, 80))
-    process = FORKSERVER.Process(target=waits_in_step, args=(n, folder, os.ttyname(slave)),
-                                 daemon=True)
-    process.start()
-    said = b""
-    while b"now" not in said:
-        said += os.read(master, 4096)
-    assert b"rift epoch" in said                                    # on a terminal there are bars
-    os.kill(process.pid, signal.SIGINT)
-    process.join(60)
-    os.set_blocking(master, False)
-    after = os.read(master, 65536).decode()
-    os.close(master), os.close(slave)
-    assert process.exitcode == 130 and (folder / "stopped/rift/checkpoint.safetensors").exists(
-        ) == (n == 6)
-    line, rest = after.partition("train.py: ")[2].split("\n", 1)
-    assert line.strip() == f"stopped; {hint}" and "Traceback" not in after and not rest.strip()
 
 
 def test_a_log_file_has_a_line_for_each_epoch_and_no_carriage_returns(here, capfd):
@@ -254,95 +208,79 @@ def test_a_log_file_has_a_line_for_each_epoch_and_no_carriage_returns(here, capf
 GOOD = "label\ttext\n" + "neg\ta bad film\npos\ta good film\n" * 9
 
 
-def archive(name, kind=tarfile.REGTYPE, target=""):
-    """An IMDB archive of one member, bytes."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        member = tarfile.TarInfo(name)
-        member.type, member.linkname = kind, target
-        tar.addfile(member)
-    return buffer.getvalue()
+def changed(part=None, **values):
+    """A change of a JSON file, or of a part of it: its content, bytes -> the new one."""
+    def change(content):
+        whole = json.loads(content)
+        (whole[part] if part else whole).update(values)
+        return json.dumps(whole)
+    return change
 
 
-def config_with(**values):
-    """A change of config.json: its content, bytes -> the new one."""
-    return lambda content: json.dumps(json.loads(content) | values)
+def headless(content):
+    """A run's model.safetensors without one of its tensors."""
+    tensors = safetensors.torch.load(content)
+    del tensors["head.0.bias"]
+    return safetensors.torch.save(tensors, {"about": "{}"})
 
 
-IMDB, SNLI = ["--task", "imdb", "--data-dir", "mine"], ["--task", "snli", "--data-dir", "mine"]
-TAR, WEIGHTS = "mine/aclImdb_v1.tar.gz", "bert/model.safetensors"
+WEIGHTS, CONFIG, MODEL = "bert/model.safetensors", f"{RUN}/config.json", f"{RUN}/model.safetensors"
+IMDB = ["--task", "imdb", "--data-dir", "mine"]
+GENETIC = ["--attacks", "genetic", "--lm-constraint"]
 # Each row: files that are written first (None: deleted, a function: changed), arguments besides
-# TRAIN, and what the one line has to say.
+# TRAIN or RUN, and what the one line has to say.
 BEFORE_TEXTS_ARE_READ = [
     ({}, ["--task", "imbd"], "--task imbd: no such folder, and not toy, imdb or snli"),
     ({}, ["--task", "toy", "--model", "bert"], "--model bert: the toy task has its own"),
-    ({}, ["--model", "./brt"], "model ./brt: no such folder"),
-    ({}, ["--model", "task"], "task/config.json: cannot be read (No such file"),
     ({}, ["--neighbors", "tabel.json"], "tabel.json: cannot be read (No such file"),
-    ({}, ["--neighbors", "task"], "task: wanted `wordnet`, a neighbour table .json, or a vector"),
-    ({"t.json/x": ""}, ["--neighbors", "t.json"], "t.json: cannot be read (Is a directory"),
     ({}, ["--task", "imdb", "--data-dir", "nowhere"], "nowhere: no such folder (--data-dir"),
     ({}, ["--max-len", "600"], "--max-len 600: bert has positions for 34 tokens"),
     ({}, ["--method", "standard"], f"{RUN}: holds a run already; --resume goes on with it, --ov"),
     ({"taken": ""}, ["--out", "taken/below"], "taken/below/rift"),
     ({}, ["--resume", "--overwrite"], "--resume and --overwrite: only one of them"),
-    ({}, ["--method", "rfit"], "--method: invalid choice: 'rfit'"),
-    ({}, ["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
     ({}, ["--device", "cuda:99"], "--device cuda:99: not on this machine"),
     ({}, ["--seeds", str(2 ** 70)], "has to be an integer of at least 0 and at most 4"),
-    ({}, ["--batch-size", "3"], "--batch-size: '3' has to be an integer of at least 4"),
     ({}, ["--lr", "1e999"], "--lr: '1e999' has to be a number above 0"),
     ({}, ["--alpha", "nan"], "--alpha: 'nan' has to be a number of at least 0"),
     ({}, ["--adv-steps", "2.5"], "--adv-steps: '2.5' has to be an integer of at least 0"),
-    ({}, ["--mixout", "1"], "--mixout: '1' has to be a number of at least 0 and at most 0.999"),
-    ({WEIGHTS: None}, [], "model bert: cannot be loaded"),
     ({WEIGHTS: lambda content: content[:999]}, [], "model bert: cannot be loaded"),
     ({WEIGHTS: "version https://git-lfs.github.com/spec/v1\n"}, [],
      f"{WEIGHTS}: is a Git LFS pointer, not the weights: run `git lfs pull`"),
     ({WEIGHTS: None, "bert/pytorch_model.bin": ""}, [], "has only pytorch_model.bin, which can ru"),
-    ({"bert/config.json": config_with(model_type="deberta")}, [], "has model_type 'deberta', want"),
-    ({"bert/config.json": config_with(hidden_size=32)}, [], "37 tensors are missing or of the wro"),
-    ({"bert/config.json": config_with(pad_token_id=3)}, [], "the tokenizer is another model's"),
-    ({"bert/tokenizer.json": None, "bert/vocab.txt": None}, [], "model bert: "),
+    ({"bert/config.json": changed(model_type="deberta")}, [], "has model_type 'deberta', wanted"),
+    ({"bert/config.json": changed(hidden_size=32)}, [], "37 tensors are missing or of the wrong"),
+    ({"bert/config.json": changed(pad_token_id=3)}, [], "the tokenizer is another model's"),
 ]
 BAD_TRAIN = [
-    ({}, ["--train-size", "2"], "task: class 'neg' has 1 training examples"),
-    ({}, ["--train-size", "5000"], "train: 5000 examples are 2500 of each class, wanted 1 to 16"),
     ({}, ["--dev-size", "2"], "--dev-size: dev has 2 texts, equally many of each"),
-    ({"task/train.tsv": "text\tlabel\n"}, [], "task/train.tsv, line 1: 'text\\tlabel', wanted t"),
     ({"task/train.tsv": GOOD + "neg\n"}, [], "task/train.tsv, line 20: ['neg'], wanted 'label"),
-    ({"task/train.tsv": b"label\ttext\nneg\t\xff\n"}, [], "train.tsv, line 2: not UTF-8 (byte"),
-    ({"task/train.tsv": GOOD + "odd\tone\n"}, [], "task: class 'odd' has 1 training examples"),
-    ({"task/dev.tsv": "label\ttext\nso\ta\n"}, [], "task/dev.tsv, line 2: label 'so' does not occ"),
     ({"task/test.tsv": None}, [], "task/test.tsv: cannot be read (No such file"),
-    ({"task/test.tsv": None, "task/test.tsv/x": ""}, [], "task/test.tsv: cannot be read (Is a dir"),
-    ({TAR: "<html>"}, IMDB, f"{TAR}: cannot be read"),
-    ({TAR: archive("../evil/train/pos/1.txt")}, IMDB, f"{TAR}: cannot be read ('../evil"),
-    ({TAR: archive("aclImdb/train/neg/1.txt", tarfile.SYMTYPE, "/etc/passwd")}, IMDB,
-     f"{TAR}: holds no aclImdb/train/neg/*.txt"),
-    ({"mine/aclImdb/x": ""}, IMDB, "mine/aclImdb: holds no aclImdb/train/neg/*.txt"),
-    ({"mine/snli_1.0.zip": b"PK\x03\x04cut"}, SNLI, "mine/snli_1.0.zip: cannot be read"),
-    ({"mine/snli_1.0/snli_1.0_train.jsonl": "{}\n"}, SNLI,
-     "mine/snli_1.0/snli_1.0_train.jsonl, line 1: '{}', wanted JSON with"),
-    ({"t.json": '{"a": ["B c"]}'}, ["--neighbors", "t.json"], "t.json: 'a' maps to ['B c'], wa"),
-    ({"t.json": '{"a": ["b"'}, ["--neighbors", "t.json"], "t.json: wanted a JSON object"),
+    ({"mine/aclImdb_v1.tar.gz": "<html>"}, IMDB, "mine/aclImdb_v1.tar.gz: cannot be read"),
     ({"v.txt": "a 1 2\nb 1 nan\n"}, ["--neighbors", "v.txt"], "v.txt, line 2: 'b 1 nan', wanted a"),
-    ({"v.txt": "zebra 1 2\n"}, ["--neighbors", "v.txt"], "v.txt: none of the "),
-    ({"v.zip": "cut"}, ["--neighbors", "v.zip"], "v.zip: cannot be read"),
     ({}, ["--method", "standard", "--resume"], f"{RUN}: --resume with epochs 2, but the run has 1"),
-    ({f"{RUN}/config.json": "{"}, ["--method", "standard", "--resume"],
-     f"{RUN}/config.json: {data.NOT_OURS}"),
+    ({CONFIG: "{"}, ["--method", "standard", "--resume"], f"{CONFIG}: {data.NOT_OURS}"),
 ]
 BAD_EVAL = [
-    ({}, [], "the following arguments are required: RUN"),
-    ({}, ["bert"], "bert/config.json: not a run of this project, or damaged"),
-    ({}, [RUN, "--split", "train"], "--split: invalid choice: 'train'"),
-    ({}, [RUN, "--seed", "-1"], "--seed: '-1' has to be an integer of at least 0"),
-    ({}, [RUN, "--attacks", "genetic", "--lm-constraint", "bert"],
-     "--lm-constraint bert: neither none, scores nor a causal language model (bert: is a masked"),
-    ({"task/test.tsv": "label\ttext\n"}, [RUN], "task/test.tsv, line 1: 'label\\ttext', wanted"),
-    ({f"{RUN}/neighbors.json": "3"}, [RUN], f"{RUN}/neighbors.json: wanted a JSON object"),
-    ({f"{RUN}/encoder/model.safetensors": None}, [RUN], f"model {RUN}/encoder: cannot be loaded"),
+    ({}, ["--attacks", "hotflip"], "invalid choice: 'hotflip'"),
+    ({}, ["--num-examples", "1e3"], "--num-examples: '1e3' has to be an integer of at least 1"),
+    ({}, ["--num", "3"], "unrecognized arguments: --num 3"),
+    ({}, ["--device", "warp"], "--device warp: not on this machine"),
+    ({}, [*GENETIC, "scores", "--data-dir", "/nowhere"], "/nowhere: "),
+    ({}, [*GENETIC, "bert"], "--lm-constraint bert: neither none, scores nor a causal lang"),
+    ({}, ["--neighbors", "table.csv"], "table.csv: wanted"),
+    ({}, ["--plot", "figure.docx"], "figure.docx: Format 'docx' is not supported"),
+    ({}, ["--plot", "figure.png", "--plot-attack", "genetic"], "on test was without genetic"),
+    ({RUN: None}, [], f"{RUN}: no run of train.py, it has no config.json"),
+    ({CONFIG: "{}"}, [], f"{CONFIG}: not a run of this project, or damaged"),
+    ({CONFIG: changed("settings", max_len=512)}, [], f"{RUN}: config.json has max_len 512, the"),
+    ({CONFIG: changed("settings", train_size=8)}, [], f"{RUN}: was trained on other data than is"),
+    ({CONFIG: changed(labels=["neg", "pos", "so"])}, [], f"{MODEL}: of another run, or damaged"),
+    ({MODEL: headless}, [], f"{MODEL}: of another run, or damaged"),
+    ({MODEL: lambda content: content[:9000]}, [], f"{MODEL}: {data.NOT_OURS}"),
+    ({f"{RUN}/metrics.json": None}, [], f"{RUN}: the run is not finished; train.py --resume goes"),
+    ({f"{RUN}/neighbors.json": None}, [], f"{RUN}/neighbors.json: cannot be read"),
+    ({f"{RUN}/encoder": None}, [], f"{RUN}/encoder: no such folder"),
+    ({f"{RUN}/eval.json": '{"cle'}, [], f"{RUN}/eval.json: {data.NOT_OURS}"),
 ]
 
 
@@ -363,7 +301,7 @@ def refused(capsys, main, arguments):
         main(arguments)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and len(err.splitlines()) == 1 and out == "", err
-    assert files_of(Path()) == before
+    assert files_of(Path()) == before and err.startswith(f"{main.__module__}.py: error: "), err
     return err
 
 
@@ -376,34 +314,30 @@ def test_what_is_cheap_to_check_is_one_line_before_a_text_is_read(
         here, capsys, monkeypatch, files, arguments, message):
     monkeypatch.setattr(data, "load_task", lambda *_, **__: pytest.fail("texts were read"))
     prepare(files)
-    line = refused(capsys, train.main, [*TRAIN, *arguments])
-    assert line.startswith("train.py: error: ") and message in line, line
+    assert message in refused(capsys, train.main, [*TRAIN, *arguments])
 
 
 @each_of(BAD_TRAIN)
 def test_bad_input_to_training_is_one_line(here, capsys, files, arguments, message):
     prepare(files)
-    line = refused(capsys, train.main, [*TRAIN, *arguments])
-    assert line.startswith("train.py: error: ") and message in line, line
+    assert message in refused(capsys, train.main, [*TRAIN, *arguments])
 
 
 @each_of(BAD_EVAL)
 def test_bad_input_to_evaluation_is_one_line(here, capsys, files, arguments, message):
+    if "--plot" in arguments:
+        pytest.importorskip("matplotlib")
     prepare(files)
-    line = refused(capsys, eval.main, [*arguments, "--num-examples", "4"])
-    assert line.startswith("eval.py: error: ") and message in line, line
+    assert message in refused(capsys, eval.main, [RUN, "--num-examples", "4", *arguments])
 
 
 def test_bad_input_to_a_command_is_one_line(here):
     """Also in a process of its own, where libraries print what they like."""
-    commands = {"train.py": [*TRAIN, "--max-len", "600"], "eval.py": ["bert"]}
-    processes = {script: subprocess.Popen([sys.executable, ROOT / script, *arguments], text=True,
-                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-                 for script, arguments in commands.items()}
-    for script, process in processes.items():
-        said = process.communicate()[0].splitlines()
-        assert process.returncode == 2 and len(said) == 1, said
-        assert said[0].startswith(f"{script}: error: ")
+    for script, *arguments in (["train.py", *TRAIN, "--max-len", "600"], ["eval.py", "bert"]):
+        ended = subprocess.run([sys.executable, ROOT / script, *arguments], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        said, = ended.stdout.splitlines()
+        assert ended.returncode == 2 and said.startswith(f"{script}: error: ")
 
 
 # ---- Random files --------------------------------------------------------------------------------
@@ -412,7 +346,6 @@ ODD = ["", " ", "good", "...", "?!,;", "😀 👩‍👩‍👧 مرحبا 你�
        "zyxxyz qwrtp", "[SEP] [CLS] good </s> <s> <mask> [MASK] <pad> [PAD]", "the the the",
        "\u2028 \x00 \x7f \x85 \xa0 \u200b é ﬁ İ", "good[SEP]movie </s></s>", "a" * 5000,
        "GOOD Movie", "<br /><br />", "nan - 1e999"]
-VECTORS = "".join(f"{word} 1 -0.5 1e30{i % 8}\n" for i, word in enumerate(WORDS)).encode()
 
 
 def mutated(rng, content):
@@ -442,27 +375,19 @@ def sound_table(found):
         word.encode()                                               # no half of a surrogate pair
 
 
-def sound_vectors(found):
-    assert len({len(row) for row in found.values()}) <= 1
-    assert all(len(row) and np.isfinite(row).all() for row in found.values())
-
-
 @pytest.mark.parametrize("name, content, read, sound", [
-    ("train.tsv", GOOD.encode(), lambda path: data.read_folder(path.parent), sound_task),
-    ("table.json", json.dumps(TABLE).encode(), data.read_neighbors, sound_table),
-    ("v.txt", VECTORS, lambda path: data.read_vectors(path, set(WORDS)), sound_vectors)])
+    ("train.tsv", GOOD, lambda path: data.read_folder(path.parent), sound_task),
+    ("table.json", json.dumps(TABLE), data.read_neighbors, sound_table)])
 def test_random_files_are_read_or_refused(tmp_path, name, content, read, sound):
     rng, refusals = random.Random(0), 0
     (tmp_path / "test.tsv").write_text(GOOD)
     for _ in range(1000):
-        (tmp_path / name).write_bytes(mutated(rng, content))
+        (tmp_path / name).write_bytes(mutated(rng, content.encode()))
         try:
-            found = read(tmp_path / name)
+            sound(read(tmp_path / name))
         except data.InputError as error:
             assert "\n" not in str(error) and len(str(error)) < 1000
             refusals += 1
-        else:
-            sound(found)
     assert 100 < refusals < 900, refusals
 
 
@@ -522,18 +447,14 @@ def test_odd_texts_train_evaluate_and_are_attacked(model_folder, tmp_path, plain
     assert {"😀", "[sep]", "</s>", "...", "zyxxyz"} <= words
 
 
-def test_rare_classes_and_one_that_dev_and_test_lack_train_and_evaluate(here, monkeypatch):
-    """200, 4 and 3 texts: every batch has 2 of each class."""
+def test_rare_classes_and_one_that_dev_and_test_lack_train_and_evaluate(here):
+    """200, 4 and 3 texts of a class in train; dev and test have none of the third."""
     rng, counts = np.random.default_rng(0), {"neg": 200, "pos": 4, "so": 3}
     rows = [f"{label}\t{review(rng, label == 'pos')}\n" for label in counts
             for _ in range(counts[label])]
     prepare({"task/train.tsv": "".join(["label\ttext\n", *rows]),
              "task/dev.tsv": GOOD, "task/test.tsv": GOOD})
-    objective, batches = rift.objective, []
-    monkeypatch.setattr(rift, "objective", lambda o, *args: batches.append(sorted(o.y.tolist()))
-                        or objective(o, *args))
     train.main([*TRAIN, "--batch-size", "6", "--out", "rare"])
-    assert batches == [[0, 0, 1, 1, 2, 2]] * 2
     eval.main(["rare/rift", "--attacks", "pwws", "hull"])
     assert data.read_json("rare/rift/eval.json").keys() >= {"clean", "pwws", "hull"}
 
