@@ -139,8 +139,8 @@ def test_torchrun_leaves_one_run_and_stops_when_a_process_dies(tmp_path, plain_w
     run = tmp_path / "runs" / "rift"
 
     def torchrun(dies, *more):
-        command = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split(),
-                   tmp_path / "script.py", dies, *arguments, *more]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   "--nproc-per-node", "2", tmp_path / "script.py", dies, *arguments, *more]
         paths = {"PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"}
         return subprocess.run(command, capture_output=True, text=True, env=os.environ | paths)
 

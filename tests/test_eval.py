@@ -69,17 +69,6 @@ def evaluate(*arguments):
     eval.main([*map(str, arguments), "--device", "cpu"])
 
 
-def refused(capsys, *arguments):
-    """The one line on standard error with which eval.main refuses."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        evaluate(*arguments)
-    error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and error.startswith("eval.py: error: "), error
-    assert "\n" not in error, error
-    return error
-
-
 def json_of(path):
     return json.loads(path.read_text())
 
@@ -92,23 +81,17 @@ def files_of(run):
     return {name: (run / name).read_text() for name in FILES}
 
 
-def change(path, **values):
-    """Changes a run's config.json, in its settings and otherwise; returns the run."""
-    config = json_of(path / "config.json")
-    for key, value in values.items():
-        (config["settings"] if key in config["settings"] else config)[key] = value
-    (path / "config.json").write_text(json.dumps(config))
-    return path
-
-
 def examples_of(run, split="test"):
     return getattr(eval.open_task(eval.settings_of(run)[0]), split)
 
 
-def swaps(line):
-    """The changed words of a line of attacks.jsonl: a set of (old, new)."""
-    before, after = (data.from_text(line[key])[-1] for key in ("original", "adversarial"))
-    return {(a, b) for a, b in zip(before, after) if a != b}
+def swaps(run, attack):
+    """What an attack changed in a run's texts: a set of (old word, new word)."""
+    pairs = set()
+    for line in lines_of(run):
+        before, after = (data.from_text(line[key])[-1] for key in ("original", "adversarial"))
+        pairs |= {pair for pair in zip(before, after) if line["attack"] == attack}
+    return {(a, b) for a, b in pairs if a != b}
 
 
 # ---- A run is a function -------------------------------------------------------------------------
@@ -126,8 +109,11 @@ def test_a_run_loads_to_the_predictions_of_training(runs, kind, method):
     assert np.allclose(P.sum(1), 1, atol=1e-6)
     assert eval.accuracy(P.argmax(1), examples) == metrics["clean"]
     search = eval.search_settings(eval.settings_of(run)[0])
-    predictions, _, _ = eval.hull_attack(victim, examples, **search)
+    predictions, texts, S = eval.hull_attack(victim, examples, **search)
     assert eval.accuracy(predictions, examples) == metrics["hull"]
+    # of the adversarial texts themselves, which are others
+    assert torch.allclose(S, victim.features(texts), atol=1e-5)
+    assert texts != [victim.vocabulary.visible(x.words) for x in examples]
 
 
 def test_batches_do_not_matter(runs):
@@ -155,47 +141,26 @@ def test_what_is_no_list_of_texts_is_an_error(runs, kind, texts, message):
         eval.load_run(runs[kind] / "rift", "cpu")(texts)
 
 
-@pytest.mark.parametrize("kind", ["texts", "pairs"])
-def test_texts_of_one_key_are_one_text_to_the_model(runs, kind):
+def test_texts_of_one_key_are_one_text_to_the_model(runs):
     """Every word that the model sees counts, also where a premise ends; no other word does."""
-    victim = eval.load_run(runs[kind] / "rift", "cpu")
-
-    def text(words, premise="this movie"):
-        return words if kind == "texts" else (premise, words)
-
-    long = [text("good " * 16), text("good " * 16 + "bad")]
+    victim = eval.load_run(runs["pairs"] / "rift", "cpu")
+    long = [("this movie", "good " * 16), ("this movie", "good " * 16 + "bad")]
     assert victim.key(long[0]) == victim.key(long[1]) and np.array_equal(*victim(long))
-    different = ["good movie", "movie good", "good", "good movie good", "bad movie", ""]
-    keys = {victim.key(text(words)) for words in different}
-    if kind == "pairs":
-        keys |= {victim.key(text("good movie", "this")), victim.key(text("", "this movie good"))}
-    assert len(keys) == len(different) + 2 * (kind == "pairs")
+    different = [("this movie", "good movie"), ("this movie", "movie good"), ("this movie", "good"),
+                 ("this", "movie good movie"), ("", "this movie good movie"), ("this movie", "")]
+    assert len(set(map(victim.key, different))) == len(different)
 
 
 @pytest.mark.parametrize("kind, premise, sees", [("texts", None, 14), ("pairs", 4, 9),
                                                  ("pairs", 13, 0), ("pairs", 30, 0)])
 def test_words_that_a_run_does_not_see_are_not_attacked(runs, kind, premise, sees):
-    """Of 16 tokens 14 are words of a text; of a pair 13, the premise's first."""
+    """Of 16 tokens 14 are words of a text; of a pair 13, the premise's first. Attacks ask this."""
     long = " ".join(["good movie"] * 100)
     text = long if premise is None else (" ".join(["plot"] * premise), long)
     assert eval.load_run(runs[kind] / "rift", "cpu").visible(text) == sees
 
 
 # ---- Accuracy, and how certain it is -------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["texts", "pairs"])
-def test_the_hull_gives_texts_of_candidates(runs, kind):
-    """The predictions are the victim's own on these texts; words become candidates of theirs."""
-    victim, examples = eval.load_run(runs[kind] / "rift", "cpu"), examples_of(runs[kind] / "rift")
-    predictions, texts, S = eval.hull_attack(victim, examples)
-    assert np.array_equal(predictions, victim([data.to_text(x) for x in texts]).argmax(1))
-    assert torch.allclose(S, victim.features(texts), atol=1e-5)
-    for x, words in zip(examples, texts):
-        *premise, old = victim.vocabulary.visible(x.words)
-        assert list(words[:-1]) == premise and len(words[-1]) == len(old)
-        assert all(b in victim.vocabulary.candidate_words(a) for a, b in zip(old, words[-1]))
-    assert texts != [victim.vocabulary.visible(x.words) for x in examples]
 
 
 @pytest.mark.parametrize("successes, n, low, high", [
@@ -243,12 +208,10 @@ def test_bootstrap_of_several_runs_is_as_uncertain_as_runs_and_texts():
 
 
 def evaluation(clean, robust, method="adv", **settings):
-    """An Evaluation of 100 texts with these accuracies; clean, robust: share or (N,) bool."""
-    def right(share):
-        return np.arange(100) < round(100 * share) if np.isscalar(share) else share
-
+    """An Evaluation of 100 texts with these accuracies."""
     run = SimpleNamespace(method=method, **{"seed": 0, "beta": 1} | settings)
-    right = {"clean": right(clean), "pwws": right(robust)}
+    right = {"clean": np.arange(100) < round(100 * clean),
+             "pwws": np.arange(100) < round(100 * robust)}
     return eval.Evaluation(f"runs/{method}-{run.seed}", run, ["neg", "pos"], right,
                            {"pwws": []}, {"pwws": {"unknown": "NULL", "max_queries": None}})
 
@@ -373,7 +336,7 @@ def test_the_figures_are_a_recount_of_the_lines(runs, kind, capsys):
         assert premise == kept and len(old) == len(new)
         assert line["words_changed"] == sum(a != b for a, b in zip(old, new))
         assert line["substitutable"] == sum(word in TABLE for word in old)
-        assert all(b in TABLE[a] for a, b in swaps(line))
+        assert all(b in TABLE[a] for a, b in zip(old, new) if a != b)
         assert line["prediction"] == victim([line["adversarial"]]).argmax()
         assert line["success"] == (line["prediction"] != line["label"])
     black_box = {name: summary[name] for name in ("pwws", "genetic")}
@@ -442,19 +405,24 @@ def test_ctrl_c_keeps_the_finished_texts_and_says_how_to_go_on(run, capsys):
     assert len(lines_of(run)) == 2
 
 
-def test_more_examples_go_on_from_the_finished_ones(run):
-    """The chosen texts of a smaller N are the first of a larger N, and their lines serve."""
-    command = [run, *BOTH, "--attacks", "pwws", "genetic", "hull", "--num-examples"]
-    evaluate(*command, 6)
+def test_more_examples_and_attacks_go_on_from_the_finished_ones(run):
+    """The chosen texts of a smaller N are the first of a larger N, and their lines serve. Attacks
+    one by one are as both at once. --overwrite forgets what is not attacked anew."""
+    evaluate(run, "--attacks", "pwws", "--num-examples", 6)
     before = lines_of(run)
     with mock.patch.object(attacks, "attack", side_effect=attacks.attack) as attack:
-        evaluate(*command, 10)
-    asked = [{i for i, _, _ in call.args[1]} for call in attack.call_args_list]
-    assert asked[0] and asked[0] == asked[1] and not asked[0] & {line["index"] for line in before}
+        evaluate(run, "--attacks", "pwws", "--num-examples", 10)
+    asked = {i for i, _, _ in attack.call_args.args[1]}
+    assert asked and before and not asked & {line["index"] for line in before}
     assert all(line in lines_of(run) for line in before)
+    evaluate(run, *BOTH, "--attacks", "genetic", "--num-examples", 10)
     gone_on = files_of(run)
-    evaluate(*command, 10, "--overwrite")
-    assert files_of(run) == gone_on and json_of(run / "eval.json")["num_examples"] == 10
+    evaluate(run, *BOTH, "--num-examples", 10, "--overwrite")
+    at_once = files_of(run)
+    assert gone_on["attacks.jsonl"] == at_once["attacks.jsonl"]
+    assert all(json.loads(gone_on[name]) == json.loads(at_once[name]) for name in FILES[1:])
+    evaluate(run, "--attacks", "pwws", "--num-examples", 10, "--overwrite")
+    assert not any("genetic" in content for content in files_of(run).values())
 
 
 @pytest.mark.parametrize("more, message", [
@@ -475,21 +443,10 @@ def test_other_settings_and_other_weights_are_refused(run, capsys, tmp_path, mon
         tensors, about = data.load_tensors(run / "model.safetensors")
         data.save_tensors(run / "model.safetensors", {x: -p for x, p in tensors.items()}, about)
     before = files_of(run)
-    error = refused(capsys, run, *BOTH, "--num-examples", 8, *more)
+    with pytest.raises(SystemExit):
+        evaluate(run, *BOTH, "--num-examples", 8, *more)
+    error = capsys.readouterr().err
     assert message in error and "--overwrite" in error and files_of(run) == before
-
-
-def test_an_attack_is_added_to_those_before(run):
-    """pwws, then genetic: as both at once. --overwrite forgets what is not attacked anew."""
-    evaluate(run, "--attacks", "pwws", "--num-examples", 8)
-    evaluate(run, *BOTH, "--attacks", "genetic", "--num-examples", 8)
-    apart = files_of(run)
-    evaluate(run, *BOTH, "--num-examples", 8, "--overwrite")
-    both = files_of(run)
-    assert apart["attacks.jsonl"] == both["attacks.jsonl"]
-    assert all(json.loads(apart[name]) == json.loads(both[name]) for name in FILES[1:])
-    evaluate(run, "--attacks", "pwws", "--num-examples", 6, "--overwrite")
-    assert not any("genetic" in content for content in files_of(run).values())
 
 
 def test_dev_has_files_of_its_own(run):
@@ -501,14 +458,11 @@ def test_dev_has_files_of_its_own(run):
     assert {line["original"] for line in lines_of(run, "attacks-dev.jsonl")} <= known
 
 
-def test_what_the_terminal_cannot_show_does_not_stop_it(runs, monkeypatch):
-    run = runs["texts"] / "standard"
-    change(run, labels=["neg \N{CRYING FACE}", "pos \N{GRINNING FACE}"])
+def test_what_the_terminal_cannot_show_does_not_stop_it(monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr(sys, "stdout", terminal)
-    evaluate(run, "--attacks", "pwws", "hull")
-    terminal.flush()
-    assert b"pos ? -> neg ?" in terminal.buffer.getvalue()
+    eval.command(lambda argv: print("pos \N{GRINNING FACE}", flush=True))([])
+    assert terminal.buffer.getvalue().strip() == b"pos ?"
 
 
 def random_search(words, y, synonyms, rng, tries=50):
@@ -549,7 +503,7 @@ def test_neighbors_replace_the_runs_own_but_not_those_of_pwws_wordnet(run, tmp_p
     evaluate(run, "--attacks", "pwws", "hull", "pwws-wordnet", "--neighbors",
              tmp_path / "other.json")
     for name, table in (("pwws-wordnet", wordnet), ("pwws", other), ("hull", other)):
-        mine = set().union(*[swaps(x) for x in lines_of(run) if x["attack"] == name])
+        mine = swaps(run, name)
         assert mine and all(b in table[a] for a, b in mine)
 
 
@@ -577,25 +531,21 @@ def test_scores_draw_the_texts_and_filter_the_synonyms(run, tmp_path, capsys):
     assert "knows 11 of the 16 test texts" in out and "There are only 11 such" in out
     assert "lm constraint scores" in out
     assert {line["index"] for line in lines_of(run)} <= set(range(11))
-    used = {name: set().union(*[swaps(x) for x in lines_of(run) if x["attack"] == name])
-            for name in ("pwws", "genetic")}
-    unlikely = {(a, b) for a in ("great", "film") for b in TABLE.get(a, ())}
-    assert used["genetic"] and not used["genetic"] & unlikely and used["pwws"] & unlikely
-    assert "drawn_from score file " in refused(capsys, run, "--attacks", "pwws")
+    used, unlikely = swaps(run, "genetic"), {("great", "good"), ("great", "nice")}
+    assert used and not used & unlikely and swaps(run, "pwws") & unlikely
+    with pytest.raises(SystemExit):
+        evaluate(run, "--attacks", "pwws")
+    assert "drawn_from score file " in capsys.readouterr().err
 
 
 def test_a_causal_language_model_filters_the_synonyms(run, monkeypatch):
-    def model(folder, device):
-        assert folder == "some/model"
-        return lambda windows: [-100.0 * window.count("film") for window in windows]
-
-    monkeypatch.setattr(attacks, "CausalLM", model)
     monkeypatch.setattr(eval, "model_folder", lambda name: name)
+    monkeypatch.setattr(attacks, "CausalLM", lambda folder, device: lambda windows: [
+        -100.0 * window.count("film") for window in windows])
     evaluate(run, *BOTH, "--lm-constraint", "some/model")
     settings = json_of(run / "eval.json")["settings"]
     assert settings["genetic"]["lm_constraint"] == "some/model"
-    assert "lm_constraint" not in settings["pwws"]
-    used = set().union(*[swaps(x) for x in lines_of(run) if x["attack"] == "genetic"])
+    used = swaps(run, "genetic")
     assert used and not any(b == "film" for _, b in used)
 
 
@@ -613,18 +563,17 @@ def test_scores_are_the_default_of_the_papers_tasks(task, flags, expected):
 
 @pytest.fixture
 def draw(monkeypatch, tmp_path):
-    """Runs eval.py --plot and returns the panels: {title: [Axes that can be seen]}."""
+    """Runs eval.py --plot and returns the panels: {title: [Axes]}."""
     Figure = pytest.importorskip("matplotlib.figure").Figure
     figures, savefig = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs:
                         figures.append(self) or savefig(self, *args, **kwargs))
 
-    def run(*arguments, name="figure.png"):
-        evaluate(*arguments, "--plot", tmp_path / name)
+    def run(*folders):
+        evaluate(*folders, "--plot", tmp_path / "figure")
         panels = {}
         for ax in figures[-1].axes:
-            if ax.get_visible():
-                panels.setdefault(ax.get_title(), []).append(ax)
+            panels.setdefault(ax.get_title(), []).append(ax)
         return panels
     return run
 
@@ -634,24 +583,29 @@ def curves(ax):
     return {x.get_label(): np.array(x.lines[0].get_xydata()) for x in ax.containers}
 
 
-def copies(run, scores=None, **values):
+def copies(run, scores, **values):
     """Copies of a run for each combination of these settings, with made-up accuracies.
 
     scores: callable, takes the settings and returns (clean, hull).
     """
+    config, metrics = json_of(run / "config.json"), json_of(run / "metrics.json")
     for combination in itertools.product(*values.values()):
         settings = dict(zip(values, combination))
-        name = "-".join(map(str, [run.name, *combination]))
-        copy = change(shutil.copytree(run, run.with_name(name)), **settings)
+        copy = shutil.copytree(run, run.with_name(f"{run.name}{combination}"))
+        data.write_json(copy / "config.json", config | {"settings": config["settings"] | settings})
         clean, hull = scores(settings)
-        data.write_json(copy / "metrics.json", json_of(run / "metrics.json") | settings
-                        | {"clean": clean, "hull": hull})
+        data.write_json(copy / "metrics.json", metrics | {"clean": clean, "hull": hull})
         yield copy
 
 
 def test_forgetting_is_drawn_over_the_epochs(runs, draw, tmp_path):
-    """Four measures, the bound for rift only; a ring marks the epoch that was kept."""
-    panels, = draw(*[runs["texts"] / method for method in METHODS]).values()
+    """Four measures, the bound for rift only; a ring marks the epoch that was kept.
+
+    Another task has panels of its own. A file without an extension is a PNG.
+    """
+    found = draw(*[runs["texts"] / method for method in METHODS], runs["pairs"] / "rift")
+    panels, others = found["texts, dev texts"], found["pairs, dev texts"]
+    assert list(map(list, map(curves, others))) == [["rift"]] * 4
     assert list(map(list, map(curves, panels))) == [list(METHODS)] * 3 + [["rift"]]
     log = lines_of(runs["texts"] / "adv", "log.jsonl")
     expected = [[line["epoch"], line["params_l2"]] for line in log]
@@ -659,34 +613,33 @@ def test_forgetting_is_drawn_over_the_epochs(runs, draw, tmp_path):
     kept = [json_of(runs["texts"] / x / "metrics.json")["best_epoch"] for x in METHODS]
     rings = [x for x in panels[0].collections if type(x).__name__ == "PathCollection"]
     assert kept == [ring.get_offsets()[0][0] for ring in rings]
-    image = (tmp_path / "figure.png").read_bytes()
-    assert image[:8] == b"\x89PNG\r\n\x1a\n" and not list(tmp_path.glob(".*tmp*"))
+    assert (tmp_path / "figure").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_accuracy_is_drawn_over_alpha(runs, draw):
-    """Seeds are averaged, the bars show their range; adv, which has no alpha, is at 0."""
-    found = [*copies(runs["texts"] / "adv", lambda s: (0.9, 0.2), beta=[5.0]),
-             *copies(runs["texts"] / "rift", lambda s: (s["alpha"], 0.1 * s["seed"]), beta=[5.0],
-                     alpha=[0.1, 0.4], seed=[1, 3])]
-    (ax,), = draw(*found).values()
-    points = curves(ax)
-    assert points["adv, clean"].tolist() == [[0, 0.9]]
-    assert np.allclose(points["rift, clean"], [[0.1, 0.1], [0.4, 0.4]])
-    assert np.allclose(points["rift, hull"], [[0.1, 0.2], [0.4, 0.2]])
-    _, _, (bars,) = ax.containers[-1].lines
-    assert np.allclose(bars.get_segments()[0], [[0.1, 0.1], [0.1, 0.3]])
+def bar_of(ax, name, axis):
+    """The ends of the first point's error bar in a curve of this name; axis: 0 for x, 1 for y."""
+    container, = [x for x in ax.containers if x.get_label() == name]
+    return container.lines[2][-axis].get_segments()[0][:, axis]
 
 
-def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(runs, draw):
-    """rift with two alphas is two curves of the trade-off; adv, which varies in beta alone, one."""
-    found = [*copies(runs["texts"] / "adv", lambda s: (0.9, s["beta"] / 10), beta=[1.0, 5.0]),
-             *copies(runs["texts"] / "rift", lambda s: (s["alpha"], s["beta"] / 10),
-                     alpha=[0.2, 1.0], beta=[1.0, 5.0], seed=[0, 1])]
-    _, ax = draw(*found)["texts, test texts"]
-    assert {label: points.tolist() for label, points in curves(ax).items()} == {
-        "adv": [[0.9, 0.1], [0.9, 0.5]], "rift alpha 0.2": [[0.2, 0.1], [0.2, 0.5]],
-        "rift alpha 1.0": [[1.0, 0.1], [1.0, 0.5]]}
-    assert [text.get_text() for text in ax.texts] == ["1", "5"] * 3
+def test_accuracy_is_drawn_over_alpha_and_over_beta(runs, draw):
+    """Seeds are averaged, the bars show their range; of a single run they are its interval. adv,
+    which has no alpha, is at 0. rift with two alphas is two curves of the trade-off."""
+    found = [*copies(runs["texts"] / "adv", lambda s: (0.5, s["beta"] / 10), beta=[1.0, 5.0]),
+             *copies(runs["texts"] / "rift", lambda s: (s["alpha"], s["beta"] * s["seed"] / 20),
+                     alpha=[0.2, 1.0], beta=[1.0, 5.0], seed=[1, 3])]
+    over_alpha, trade_off = draw(*found)["texts, test texts"]
+    points = curves(over_alpha)
+    assert points["adv beta 5.0, clean"].tolist() == [[0, 0.5]]
+    assert np.allclose(points["rift beta 5.0, clean"], [[0.2, 0.2], [1, 1]])
+    assert np.allclose(points["rift beta 5.0, hull"], [[0.2, 0.5], [1, 0.5]])
+    assert np.allclose(bar_of(over_alpha, "rift beta 5.0, hull", 1), [0.25, 0.75])
+    expected = {"adv": [[0.5, 0.1], [0.5, 0.5]], "rift alpha 0.2": [[0.2, 0.1], [0.2, 0.5]],
+                "rift alpha 1.0": [[1.0, 0.1], [1.0, 0.5]]}
+    assert curves(trade_off).keys() == expected.keys()
+    assert all(np.allclose(curves(trade_off)[name], expected[name]) for name in expected)
+    assert np.allclose(bar_of(trade_off, "adv", 0), eval.wilson(8, 16))
+    assert [text.get_text() for text in trade_off.texts] == ["1", "5"] * 3
 
 
 def test_figures_show_attacks_and_of_dev_the_kept_epoch(run):
@@ -698,13 +651,6 @@ def test_figures_show_attacks_and_of_dev_the_kept_epoch(run):
     evaluate(run, "--attacks", "pwws", "--num-examples", 5)
     shown, summary = eval.read_finished(run, "pwws", "test"), json_of(run / "eval.json")
     assert shown.scores["pwws"] == summary["pwws"] and shown.n == 5
-    assert np.allclose(eval.spread([0.4], 5)[1:], np.abs(np.subtract(eval.wilson(2, 5), 0.4)))
-
-
-def test_without_matplotlib_it_is_one_line(run, monkeypatch, capsys, tmp_path):
-    for name in ("matplotlib", "matplotlib.figure"):
-        monkeypatch.setitem(sys.modules, name, None)
-    assert "pip install matplotlib" in refused(capsys, run, "--plot", tmp_path / "figure.png")
 
 
 # ---- Encoders ------------------------------------------------------------------------------------
