@@ -105,6 +105,15 @@ def test_a_batch_too_small_to_share_is_left_out(plain_words, tmp_path, monkeypat
     train.main([*arguments_for(tmp_path), *"--method standard --epochs 2 --batch-size 14".split()])
 
 
+def test_what_is_left_out_is_not_always_the_longest():
+    y, lengths = torch.arange(2).repeat(500), np.arange(1000)
+    left_out = []                                                   # their place in their batch
+    for rows in data.balanced_batches(y, lengths, 10, np.random.default_rng(0)):
+        used = [train.share(rows, y[rows], rank, 2) for rank in (0, 1)]
+        left_out += [sum(rows < i) for i in set(rows) - set(np.concatenate(used))]
+    assert len(left_out) == 200 and abs(np.mean(left_out) - 4.5) < 1
+
+
 def test_the_processes_wait_for_hours(monkeypatch):
     """For the first one, which reads the texts and measures test."""
     started = mock.Mock(side_effect=KeyboardInterrupt)

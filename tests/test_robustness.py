@@ -216,11 +216,13 @@ def changed(part=None, **values):
     return change
 
 
-def headless(content):
-    """A run's model.safetensors without one of its tensors."""
-    tensors = safetensors.torch.load(content)
-    del tensors["head.0.bias"]
-    return safetensors.torch.save(tensors, {"about": "{}"})
+def model_with(edit):
+    """A change of a run's model.safetensors, by an edit of its tensors."""
+    def change(content):
+        tensors = safetensors.torch.load(content)
+        edit(tensors)
+        return safetensors.torch.save(tensors, {"about": "{}"})
+    return change
 
 
 WEIGHTS, CONFIG, MODEL = "bert/model.safetensors", f"{RUN}/config.json", f"{RUN}/model.safetensors"
@@ -251,8 +253,8 @@ BEFORE_TEXTS_ARE_READ = [
 BAD_TRAIN = [
     ({}, ["--dev-size", "2"], "--dev-size: dev has 2 texts, equally many of each"),
     ({"task/train.tsv": GOOD + "neg\n"}, [], "task/train.tsv, line 20: ['neg'], wanted 'label"),
-    ({"mine/aclImdb_v1.tar.gz": "<html>"}, ["--task", "imdb", "--data-dir", "mine"],
-     "mine/aclImdb_v1.tar.gz: cannot be read"),
+    ({"mine/aclImdb/x": ""}, ["--task", "imdb", "--data-dir", "mine"],
+     "mine/aclImdb: holds no aclImdb/train/neg/*.txt"),
     ({}, ["--method", "standard", "--resume"], f"{RUN}: --resume with epochs 2, but the run has 1"),
 ]
 BAD_EVAL = [
@@ -267,7 +269,8 @@ BAD_EVAL = [
     ({CONFIG: changed("settings", max_len=512)}, [], f"{RUN}: config.json has max_len 512, the"),
     ({CONFIG: changed("settings", train_size=8)}, [], f"{RUN}: was trained on other data than is"),
     ({CONFIG: changed(labels=["neg", "pos", "so"])}, [], f"{MODEL}: of another run, or damaged"),
-    ({MODEL: headless}, [], f"{MODEL}: of another run, or damaged"),
+    ({MODEL: model_with(lambda x: x.pop("head.0.bias"))}, [], f"{MODEL}: of another run, or dam"),
+    ({MODEL: model_with(lambda x: x["head.0.bias"].log_())}, [], f"{RUN}: its weights are not fin"),
     ({MODEL: lambda content: content[:9000]}, [], f"{MODEL}: {data.NOT_OURS}"),
     ({f"{RUN}/metrics.json": None}, [], f"{RUN}: the run is not finished; train.py --resume goes"),
     ({f"{RUN}/neighbors.json": None}, [], f"{RUN}/neighbors.json: cannot be read"),
