@@ -69,12 +69,8 @@ def evaluate(*arguments):
     eval.main([*map(str, arguments), "--device", "cpu"])
 
 
-def json_of(path):
-    return json.loads(path.read_text())
-
-
 def lines_of(run, name="attacks.jsonl"):
-    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+    return data.read_lines(run / name)
 
 
 def files_of(run):
@@ -102,7 +98,7 @@ def swaps(run, attack):
 def test_a_run_loads_to_the_predictions_of_training(runs, kind, method):
     """The loaded run has the clean and the hull accuracy that training measured and wrote down."""
     run = runs[kind] / method
-    metrics, examples = json_of(run / "metrics.json"), examples_of(run)
+    metrics, examples = data.read_json(run / "metrics.json"), examples_of(run)
     victim = eval.load_run(run, "cpu")
     P = victim([data.to_text(x.words) for x in examples])
     assert P.shape == (len(examples), {"texts": 2, "pairs": 3}[kind]) and P.dtype == np.float32
@@ -312,9 +308,9 @@ def test_several_betas_are_compared_along_the_trade_off(capsys):
 def test_the_figures_are_a_recount_of_the_lines(runs, kind, capsys):
     """robust = clean - successes / N for every attack; a line is what the victim says of it."""
     run = runs[kind] / "standard"
-    before = json_of(run / "metrics.json")
+    before = data.read_json(run / "metrics.json")
     evaluate(run, *BOTH, "--attacks", "pwws", "genetic", "hull", "--num-examples", 14)
-    summary, lines = json_of(run / "eval.json"), lines_of(run)
+    summary, lines = data.read_json(run / "eval.json"), lines_of(run)
     victim, examples = eval.load_run(run, "cpu"), examples_of(run)
     assert set(summary) == {"clean", "pwws", "genetic", "hull", "num_examples", "settings"}
     attacked, N = {line["index"] for line in lines}, summary["num_examples"]
@@ -340,9 +336,9 @@ def test_the_figures_are_a_recount_of_the_lines(runs, kind, capsys):
         assert line["prediction"] == victim([line["adversarial"]]).argmax()
         assert line["success"] == (line["prediction"] != line["label"])
     black_box = {name: summary[name] for name in ("pwws", "genetic")}
-    assert json_of(run / "metrics.json") == before | black_box          # hull is training's
+    assert data.read_json(run / "metrics.json") == before | black_box          # hull is training's
     out = capsys.readouterr().out
-    assert f"{summary['pwws']:.3f} [" in out and "pwws (unknown NULL)" in out
+    assert f"{summary['pwws']:.3f} [" in out
     assert "genetic (population 6, generations 3, lm constraint none)" in out
     assert "hull (steps 3)" in out
 
@@ -453,7 +449,7 @@ def test_dev_has_files_of_its_own(run):
     before = (run / "metrics.json").read_bytes()
     evaluate(run, "--attacks", "pwws", "--split", "dev", "--num-examples", 5)
     assert before == (run / "metrics.json").read_bytes() and not (run / "eval.json").exists()
-    assert json_of(run / "eval-dev.json")["settings"]["pwws"]["split"] == "dev"
+    assert data.read_json(run / "eval-dev.json")["settings"]["pwws"]["split"] == "dev"
     known = {data.to_text(x.words) for x in examples_of(run, "dev")}
     assert {line["original"] for line in lines_of(run, "attacks-dev.jsonl")} <= known
 
@@ -465,30 +461,27 @@ def test_what_the_terminal_cannot_show_does_not_stop_it(monkeypatch):
     assert terminal.buffer.getvalue().strip() == b"pos ?"
 
 
-def random_search(words, y, synonyms, rng, tries=50):
-    """A student's attack: swaps random words until the model is fooled."""
-    positions = [i for i, others in enumerate(synonyms) if others]
-    for _ in range(tries):
-        i = rng.choice(positions)
-        words = attacks.replace(words, i, str(rng.choice(synonyms[i])))
-        if (yield [words])[0].argmax() != y:
-            break
-    return words
+def replace_all(words, y, synonyms, rng, choice=0):
+    """A student's attack: a synonym of every word at once; choice: its place in the list."""
+    found = tuple(others[choice] if others else w for w, others in zip(words, synonyms))
+    yield [found]
+    return found
 
 
 def test_another_attack_is_one_function_and_one_line(runs, monkeypatch, capsys):
     """An eval.py that does not know it keeps the lines that it found."""
     run = runs["texts"] / "standard"
-    monkeypatch.setitem(eval.ATTACKS, "random", random_search)
-    evaluate(run, "--attacks", "random")
-    assert "random (tries 50)" in capsys.readouterr().out
-    lines, summary = lines_of(run), json_of(run / "eval.json")
-    assert any(line["success"] for line in lines) and all(line["queries"] <= 51 for line in lines)
-    assert summary["settings"]["random"]["tries"] == 50
-    assert json_of(run / "metrics.json")["random"] == summary["random"]
-    monkeypatch.delitem(eval.ATTACKS, "random")
+    monkeypatch.setitem(eval.ATTACKS, "mine", replace_all)
+    evaluate(run, "--attacks", "mine")
+    assert "mine (choice 0)" in capsys.readouterr().out
+    lines, summary = lines_of(run), data.read_json(run / "eval.json")
+    assert all(line["words_changed"] == line["substitutable"] for line in lines)
+    assert max(line["queries"] for line in lines) == 2
+    assert summary["settings"]["mine"]["choice"] == 0
+    assert data.read_json(run / "metrics.json")["mine"] == summary["mine"]
+    monkeypatch.delitem(eval.ATTACKS, "mine")
     evaluate(run, "--attacks", "pwws")
-    assert [line for line in lines_of(run) if line["attack"] == "random"] == lines
+    assert [line for line in lines_of(run) if line["attack"] == "mine"] == lines
 
 
 # ---- Tables and constraints ----------------------------------------------------------------------
@@ -543,7 +536,7 @@ def test_a_causal_language_model_filters_the_synonyms(run, monkeypatch):
     monkeypatch.setattr(attacks, "CausalLM", lambda folder, device: lambda windows: [
         -100.0 * window.count("film") for window in windows])
     evaluate(run, *BOTH, "--lm-constraint", "some/model")
-    settings = json_of(run / "eval.json")["settings"]
+    settings = data.read_json(run / "eval.json")["settings"]
     assert settings["genetic"]["lm_constraint"] == "some/model"
     used = swaps(run, "genetic")
     assert used and not any(b == "film" for _, b in used)
@@ -588,7 +581,7 @@ def copies(run, scores, **values):
 
     scores: callable, takes the settings and returns (clean, hull).
     """
-    config, metrics = json_of(run / "config.json"), json_of(run / "metrics.json")
+    config, metrics = data.read_json(run / "config.json"), data.read_json(run / "metrics.json")
     for combination in itertools.product(*values.values()):
         settings = dict(zip(values, combination))
         copy = shutil.copytree(run, run.with_name(f"{run.name}{combination}"))
@@ -610,7 +603,7 @@ def test_forgetting_is_drawn_over_the_epochs(runs, draw, tmp_path):
     log = lines_of(runs["texts"] / "adv", "log.jsonl")
     expected = [[line["epoch"], line["params_l2"]] for line in log]
     assert np.allclose(curves(panels[0])["adv"], expected)
-    kept = [json_of(runs["texts"] / x / "metrics.json")["best_epoch"] for x in METHODS]
+    kept = [data.read_json(runs["texts"] / x / "metrics.json")["best_epoch"] for x in METHODS]
     rings = [x for x in panels[0].collections if type(x).__name__ == "PathCollection"]
     assert kept == [ring.get_offsets()[0][0] for ring in rings]
     assert (tmp_path / "figure").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -644,12 +637,12 @@ def test_accuracy_is_drawn_over_alpha_and_over_beta(runs, draw):
 
 def test_figures_show_attacks_and_of_dev_the_kept_epoch(run):
     """What was attacked is eval.json's; dev is never the test split's."""
-    best = json_of(run / "metrics.json")["best_epoch"]
+    best = data.read_json(run / "metrics.json")["best_epoch"]
     kept, = [line for line in lines_of(run, "log.jsonl") if line["epoch"] == best]
     scores = eval.read_finished(run, "hull", "dev").scores
     assert scores == {"clean": kept["dev_clean"], "hull": kept["dev_hull"]}
     evaluate(run, "--attacks", "pwws", "--num-examples", 5)
-    shown, summary = eval.read_finished(run, "pwws", "test"), json_of(run / "eval.json")
+    shown, summary = eval.read_finished(run, "pwws", "test"), data.read_json(run / "eval.json")
     assert shown.scores["pwws"] == summary["pwws"] and shown.n == 5
 
 

@@ -59,20 +59,11 @@ def files_of(folder):
 
 def enter(folder):
     """What the fixtures do, for a child: its folder, its cache, one thread, words without NLTK."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)                    # their number decides on the last bits
     os.chdir(folder)
     os.environ["RIFT_CACHE"] = str(folder / "cache")
     data.prepare_nltk = lambda *args, **kwargs: None
     data.words_of = lambda text: text.lower().split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The number of threads decides on the last bits: here and in the children it is one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_base(folder):
@@ -400,29 +391,10 @@ def write_odd(folder):
 
 
 @pytest.mark.parametrize("task", ["imdb", "snli"])
-def test_odd_texts_train_evaluate_and_are_attacked(model_folder, tmp_path, plain_words, monkeypatch,
-                                                   task):
-    """Whatever is written in them, only the ends of texts become special tokens."""
+def test_odd_texts_train_evaluate_and_are_attacked(model_folder, tmp_path, plain_words, task):
     write_odd(tmp_path / "data")
     odd_table = TABLE | {"good": ["</s>", "[sep]", "great", "😀"], "...": ["?!"]}
     data.write_json(tmp_path / "table.json", odd_table)
-    encode, seen = data.Vocabulary.encode, []
-
-    def checked(self, batch, hull=False):
-        out = encode(self, batch, hull)
-        special = torch.tensor(list(set(self.tokenizer.all_special_ids) - {self.unk}))
-        for b, words in enumerate(batch):
-            L = out["attention_mask"][b].sum()
-            ends = np.cumsum([0] + [len(text) + 1 for text in self.visible(words)])
-            assert torch.isin(out["input_ids"][b, :L], special).nonzero()[:, 0].tolist() == [*ends]
-            assert ends[-1] + 1 == L <= self.max_len
-        if hull:
-            others = out["subs"][..., 1:][out["subs_mask"][..., 1:]]
-            assert not torch.isin(others, special).any()
-        seen.extend(batch)
-        return out
-
-    monkeypatch.setattr(data.Vocabulary, "encode", checked)
     run = tmp_path / "runs" / "rift"
     train.main([*TRAIN, *map(str, [
         "--task", task, "--data-dir", tmp_path / "data", "--model", model_folder, "--neighbors",
@@ -431,6 +403,7 @@ def test_odd_texts_train_evaluate_and_are_attacked(model_folder, tmp_path, plain
                "--generations 2".split()])
     attacked = {line["attack"] for line in data.read_lines(run / "attacks.jsonl")}
     assert attacked == {"pwws", "genetic", "hull"}
+    seen = [x.words for x in eval.open_task(eval.settings_of(run)[0]).train]
     assert (((), ()) if task == "snli" else ((),)) in seen
     words = {word for texts in seen for text in texts for word in text}
     assert {"😀", "[sep]", "</s>", "...", "zyxxyz"} <= words
