@@ -113,7 +113,7 @@ def test_a_run_loads_to_the_predictions_of_training(runs, kind, method):
 
 
 def test_batches_do_not_matter(runs):
-    """A text has its probabilities whatever is beside it, and the hull its noise."""
+    """A text has its probabilities whatever is beside it, and in the hull noise of its own."""
     run = runs["pairs"] / "rift"
     examples = examples_of(run)
     texts = [data.to_text(x.words) for x in examples]
@@ -123,6 +123,7 @@ def test_batches_do_not_matter(runs):
         few, all = (eval.hull_attack(victim, some, steps=steps)[1]
                     for victim, some in ((small, examples[:5]), (large, examples)))
         assert few == all[:5]
+    assert len(set(eval.hull_attack(large, examples[:1] * 20, steps=0)[1])) > 1
     assert large([]).shape == (0, 3)
 
 
