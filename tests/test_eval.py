@@ -127,6 +127,15 @@ def test_batches_do_not_matter(runs):
     assert large([]).shape == (0, 3)
 
 
+def test_texts_of_similar_length_share_a_batch(runs):
+    """So that little is padded; each text is in one batch."""
+    victim = eval.load_run(runs["texts"] / "rift", batch_size=8)
+    lengths = np.random.default_rng(0).integers(1, 9, 50).tolist()
+    batches = [rows for rows, _ in victim.batches([(("good",) * n,) for n in lengths])]
+    assert sorted(sum(batches, [])) == list(range(50)) and max(map(len, batches)) == 8
+    assert [lengths[i] for rows in batches for i in rows] == sorted(lengths)
+
+
 @pytest.mark.parametrize("kind, texts, message", [
     ("texts", "a great film", "is one text, not a list of texts"),
     ("texts", [("a movie", "a film")], "the model reads a string each"),
@@ -283,14 +292,14 @@ def test_methods_are_compared_by_mean_and_spread(capsys):
 
 
 def test_standard_is_the_reference_wherever_it_is(capsys):
-    """Without one the first run is. The head of the differences says which."""
+    """Without one the first run is. A difference is named by the methods."""
     standard, adv, rift = (evaluation(0.9, x, m) for x, m in zip((0.1, 0.4, 0.6), METHODS))
     out = report(capsys, rift, standard, adv)
-    assert "Differences to runs/standard-0 on the same texts" in out
-    differences = out.split("Differences to")[1].splitlines()[2:]
-    assert [line.split()[0] for line in differences] == ["runs/rift-0", "runs/adv-0"]
+    differences = out.split("Differences on the same texts")[1].splitlines()[2:]
+    assert [line.split()[:3] for line in differences] == [
+        ["rift", "-", "standard"], ["adv", "-", "standard"], ["adv", "-", "rift"]]
     assert "+0.500 [" in differences[0] and all(line.endswith("]*") for line in differences)
-    assert "Differences to runs/rift-0 on" in report(capsys, rift, adv)
+    assert "\nadv - rift " in report(capsys, rift, adv)
 
 
 def test_several_betas_are_compared_along_the_trade_off(capsys):

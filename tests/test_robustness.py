@@ -169,7 +169,7 @@ def test_a_run_killed_while_it_finishes_ends_like_one_that_was_never_killed(
 
 
 @pytest.mark.parametrize("script, module", [("train.py", "torch"), ("eval.py", "numpy")])
-def test_ctrl_c_during_the_imports_is_one_line(tmp_path, script, module):
+def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path, script, module):
     """As soon as the module is imported; Python itself says when that is."""
     process = subprocess.Popen([sys.executable, "-X", "importtime", ROOT / script], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
@@ -178,7 +178,7 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path, script, module):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     said = [line for line in err.splitlines() if line and not line.startswith("import time:")]
-    assert process.returncode == 130 and said == [f"{script}: stopped"] and not out
+    assert process.returncode == -signal.SIGINT and not said and not out
 
 
 def test_a_log_file_has_a_line_for_each_epoch_and_no_carriage_returns(here, capfd):
@@ -225,7 +225,7 @@ BEFORE_TEXTS_ARE_READ = [
     ({}, ["--task", "toy", "--model", "bert"], "--model bert: the toy task has its own"),
     ({}, ["--neighbors", "tabel.json"], "tabel.json: cannot be read (No such file"),
     ({}, ["--task", "imdb", "--data-dir", "nowhere"], "nowhere: no such folder (--data-dir"),
-    ({}, ["--max-len", "600"], "--max-len 600: bert has positions for 34 tokens"),
+    ({}, ["--max-len", "600"], "model bert: has positions for 34 tokens, --max-len is 600"),
     ({}, ["--method", "standard"], f"{RUN}: holds a run already; --resume goes on with it, --ov"),
     ({"taken": ""}, ["--out", "taken/below"], "taken/below/rift"),
     ({}, ["--resume", "--overwrite"], "--resume and --overwrite: only one of them"),
@@ -240,6 +240,7 @@ BEFORE_TEXTS_ARE_READ = [
     ({"bert/config.json": changed(model_type="deberta")}, [], "has model_type 'deberta', wanted"),
     ({"bert/config.json": changed(hidden_size=32)}, [], "37 tensors are missing or of the wrong"),
     ({"bert/config.json": changed(pad_token_id=3)}, [], "the tokenizer is another model's"),
+    ({"bert/tokenizer.json": None, "bert/vocab.txt": None}, [], "its tokenizer knows none of the"),
 ]
 BAD_TRAIN = [
     ({}, ["--dev-size", "2"], "--dev-size: dev has 2 texts, equally many of each"),
@@ -257,11 +258,11 @@ BAD_EVAL = [
     ({}, ["--plot", "figure.png", "--plot-attack", "genetic"], "on test was without genetic"),
     ({RUN: None}, [], f"{RUN}: no run of train.py, it has no config.json"),
     ({CONFIG: "{}"}, [], f"{CONFIG}: not a run of this project, or damaged"),
-    ({CONFIG: changed("settings", max_len=512)}, [], f"{RUN}: config.json has max_len 512, the"),
+    ({CONFIG: changed("settings", max_len=512)}, [], "positions for 34 tokens, --max-len is 512"),
     ({CONFIG: changed("settings", train_size=8)}, [], f"{RUN}: was trained on other data than is"),
     ({CONFIG: changed(labels=["neg", "pos", "so"])}, [], f"{MODEL}: of another run, or damaged"),
     ({MODEL: model_with(lambda x: x.pop("head.0.bias"))}, [], f"{MODEL}: of another run, or dam"),
-    ({MODEL: model_with(lambda x: x["head.0.bias"].log_())}, [], f"{RUN}: its weights are not fin"),
+    ({MODEL: model_with(lambda x: x["head.0.bias"].log_())}, [], f"{MODEL}: of another run, or dam"),
     ({MODEL: lambda content: content[:9000]}, [], f"{MODEL}: {data.NOT_OURS}"),
     ({f"{RUN}/metrics.json": None}, [], f"{RUN}: the run is not finished; train.py --resume goes"),
     ({f"{RUN}/neighbors.json": None}, [], f"{RUN}/neighbors.json: cannot be read"),
