@@ -213,7 +213,6 @@ def finish(model, victim, task, s, folder, best_epoch):
                "hull": eval.accuracy(predictions, task.test), "test_examples": len(task.test)}
     parts = {name: p for name, p in trained(model).items() if not name.startswith("encoder.")}
     data.save_tensors(folder / "model.safetensors", parts)
-    data.remove(folder / "encoder")                     # of a run that was killed as it finished
     with data.replacing(folder / "encoder") as new:
         model.encoder.save_pretrained(new)
         victim.vocabulary.tokenizer.save_pretrained(new)
