@@ -127,6 +127,15 @@ def test_batches_do_not_matter(runs):
     assert large([]).shape == (0, 3)
 
 
+def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path):
+    """Every text would be nothing but [UNK]."""
+    folder = save_model(tmp_path / "bert", "bert")
+    assert eval.load_encoder(folder)
+    train.bert_tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]).save_pretrained(folder)
+    with pytest.raises(data.InputError, match="its tokenizer knows none of the words 'the', 'a'"):
+        eval.load_encoder(folder)
+
+
 def test_texts_of_similar_length_share_a_batch(runs):
     """So that little is padded; each text is in one batch."""
     victim = eval.load_run(runs["texts"] / "rift", batch_size=8)
