@@ -283,10 +283,10 @@ def load_run(folder, device=None, precision=None, batch_size=64, table=None):
         missing, unexpected = model.load_state_dict(tensors, strict=False)
     except RuntimeError:                                                        # wrong shapes
         missing, unexpected = ["head"], []
-    finite = all(p.isfinite().all() for p in model.parameters())
-    missing = [name for name in missing if not name.startswith(("encoder.", "teacher."))]
-    if missing or unexpected or not finite:
+    if unexpected or any(not name.startswith(("encoder.", "teacher.")) for name in missing):
         raise InputError(f"{folder / 'model.safetensors'}: of another run, or damaged")
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise InputError(f"{folder}: its weights are not finite")
     for part in (encoder.encoder, encoder.pooler):      # once, not at every call
         part.to(DTYPES[precision])
     vocabulary = data.Vocabulary(tokenizer, s.max_len, table, s.unknown_words, s.candidates)

@@ -262,7 +262,7 @@ BAD_EVAL = [
     ({CONFIG: changed("settings", train_size=8)}, [], f"{RUN}: was trained on other data than is"),
     ({CONFIG: changed(labels=["neg", "pos", "so"])}, [], f"{MODEL}: of another run, or damaged"),
     ({MODEL: model_with(lambda x: x.pop("head.0.bias"))}, [], f"{MODEL}: of another run, or dam"),
-    ({MODEL: model_with(lambda x: x["head.0.bias"].log_())}, [], f"{MODEL}: of another run, or dam"),
+    ({MODEL: model_with(lambda x: x["head.0.bias"].log_())}, [], f"{RUN}: its weights are not fin"),
     ({MODEL: lambda content: content[:9000]}, [], f"{MODEL}: {data.NOT_OURS}"),
     ({f"{RUN}/metrics.json": None}, [], f"{RUN}: the run is not finished; train.py --resume goes"),
     ({f"{RUN}/neighbors.json": None}, [], f"{RUN}/neighbors.json: cannot be read"),
