@@ -154,7 +154,7 @@ def attack(victim, examples, method, synonyms, *, seed=0, batch_size=64, in_flig
 
     victim:      callable, list of N texts -> (N, C) class probabilities (list, numpy or torch). It
                  may have these attributes. `key`, text -> bytes or str: what the model really sees,
-                 such as its token ids; texts of one key are one text, sent once. `visible`, text ->
+                 such as its token ids; texts with the same key are sent once. `visible`, text ->
                  how many words of the changeable text it sees. `labels`: its class names in order.
     examples:    iterable, read lazily, of (index, text, y). A text is lower-case words joined by
                  single spaces; of a pair (premise, hypothesis) only the second changes. y is the
@@ -303,9 +303,9 @@ def class_of(y, index, labels, C):
 def ask(victim, running, batch_size, max_queries):
     """Take up to four batches of new texts from each example and remember the victim's answers.
 
-    Texts of similar length share a batch (little padding). A round of an example of n words has n
-    texts or more, n^2 words in all. To save memory they are made a few at a time, and of each only
-    a 16-byte digest and the answer are kept.
+    Texts of similar length share a batch (little padding). A round can want n texts of n words, or
+    more. To save memory they are made a few at a time, and of each only a 16-byte digest and the
+    answer are kept.
     """
     key = getattr(victim, "key", None)
     new = []  # (example, digest, text)
@@ -384,7 +384,7 @@ def lm_constraint(words, synonyms, log_p, threshold=-5.0, radius=6):
 
 def scores_constraint(words, synonyms, scores, threshold=-5.0):
     """The same with published scores of this sentence, {position: {lower-cased word: log p}}.
-    A word without scores keeps no candidate; nor does -inf against -inf (the difference is nan)."""
+    A candidate without a score is dropped, and so is -inf against -inf (the difference is nan)."""
     kept = [[] for _ in words]
     for i in positions_of(words, synonyms):
         log_p = {w: scores.get(i, {}).get(w.lower(), np.nan) for w in (words[i], *synonyms[i])}
@@ -453,7 +453,7 @@ def read_lm_scores(path, sentences=None, task=""):
         files = [file for file in files if task in file.name]
     if len(files) != 1:
         raise ValueError(f"{path}: holds {len(files)} .txt files with {task!r} in their names, "
-                         "where one is right")
+                         "wanted one")
     scores = {}
     index, of_sentence, n = None, None, 0  # of the last sentence: index, scores, number of words
     with files[0].open("rb") as file:

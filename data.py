@@ -184,8 +184,8 @@ def cache_dir():
 
 
 def cached(name, compute, again):
-    """The value of compute(), JSON-able, or what it was last time, from the file `name` in the
-    cache. again: what is done anew if the cache cannot be written, for the message: "tokenize"."""
+    """The value of compute(), JSON-able, read from the file `name` of the cache if it is there.
+    again: a verb, such as "tokenize", for the message that the cache cannot be written."""
     with suppress(OSError, ValueError):  # not there yet, or damaged
         return json.loads((cache_dir() / name).read_bytes())
     value = compute()
@@ -246,7 +246,7 @@ def download(url, path, md5=None, tries=4, pause=1.0, timeout=30.0):
 
 
 def unpack(path):
-    """The folder in the cache that a .tar.gz or .zip is unpacked to, once; any other path as it is.
+    """Unpacks a .tar.gz or .zip once and returns its folder in the cache; any other path as it is.
     The folder is private to the user, as NLTK demands. Links and devices are left out."""
     def plain(member, folder):
         return tarfile.data_filter(member, folder) if member.isfile() or member.isdir() else None
@@ -416,11 +416,11 @@ def load_task(task, data_dir=None, *, train_size=None, dev_size=None, test_size=
 def choose(splits, labels, sizes, split_seed, where):
     """{split: [(texts, y), ..]}: the examples to use of train, dev and test, in random order.
 
-    sizes: {split: n}, a class-balanced subset, n rounded down to a multiple of the number of
-    classes; None is all. Without a dev split a tenth of every class of train, at most 1,000 in all,
-    becomes dev (or what its size says), and train loses the texts that are in dev too. Subsets and
-    their order depend on split_seed alone, so every method and seed sees the same texts, and the
-    first n of a split are a random sample of it.
+    sizes: {split: n}: n examples, equally many of each class (n is rounded down); None: all.
+    Without a dev split, a tenth of each class of train, at most 1,000 in all, becomes dev (or as
+    many as sizes says), and texts that are in dev leave train. Subsets and their order depend on
+    split_seed alone, so every method and seed sees the same texts, and the first n of a split are a
+    random sample of it.
     """
     if split_seed < 0:
         raise InputError(f"split seed {split_seed}: has to be 0 or more")
@@ -430,7 +430,8 @@ def choose(splits, labels, sizes, split_seed, where):
         y = np.array([y for _, y in raw])
         pools[split] = [rngs[split].permutation(np.flatnonzero(y == c)) for c in range(len(labels))]
     if "dev" not in splits:
-        # dev has the first of a pool, a smaller train the last: it hardly depends on dev's size
+        # dev is taken from a pool's start, a subset of train from its end: so the subset hardly
+        # depends on dev's size
         total = len(splits["train"])
         counts = [max(1, len(pool) * min(1000, total // 10) // total) for pool in pools["train"]]
         if sizes["dev"] is not None:
@@ -462,7 +463,7 @@ def balanced(pools, size, labels, where):
     fewest, label = min(zip(map(len, pools), labels))
     if not 1 <= n <= fewest:
         raise InputError(f"{where}: {size} examples are {n} of each class, wanted 1 to {fewest} "
-                         f"(class {label!r})")
+                         f"(class {label!r} has no more)")
     return [pool[-n:] for pool in pools]
 
 
@@ -634,9 +635,9 @@ def wordnet_neighbors(words):
     """{word: its synonyms} from WordNet, for those of the words that have any.
 
     Synonyms are the single-word lemmas of the word's synsets, in synset order, without the word
-    itself. Words of closed classes have none (WordNet's "he" is helium), and of the synsets only
-    those of the part of speech that the word most often has, by WordNet's own counts. The original
-    PWWS (Ren et al. 2019) tags each word in its sentence instead, and also swaps named entities.
+    itself. Words of closed classes have none (WordNet's "he" is helium). Only synsets of the word's
+    most frequent part of speech count, by WordNet's own counts. The original PWWS (Ren et al. 2019)
+    tags each word in its sentence instead, and also swaps named entities.
     """
     wordnet, table = nltk.corpus.wordnet, {}
     words = sorted(set(words) - CLOSED_CLASS)
@@ -834,9 +835,9 @@ def balanced_batches(y, lengths, batch_size, rng, window=50):
 
     y, lengths: class and length of each example. batch_size: rounded down to a multiple of the
     number of classes. rng: numpy Generator. No example comes twice. The epoch ends when the
-    smallest class is used up (a last, smaller batch is kept if it has 2 of each); the surplus of
-    larger classes is drawn anew each epoch. Within every `window` batches, examples of similar
-    length share a batch, which saves padding; within a batch a class is in random order.
+    smallest class is used up (a last, smaller batch is kept if it has 2 of each); which examples of
+    a larger class are left over changes each epoch. Within every `window` batches, examples of
+    similar length share a batch, which saves padding; within a batch a class is in random order.
     """
     y, lengths = np.asarray(y), np.asarray(lengths)
     classes, sizes = np.unique(y, return_counts=True)
@@ -855,8 +856,7 @@ def balanced_batches(y, lengths, batch_size, rng, window=50):
         columns.append(parts + [shuffled[full * per : full * per + rest]] * (rest >= 2))
     batches = list(zip(*columns))
     order = rng.permutation(len(batches))
-    # of a class that several processes cannot share equally the last texts are left out: these
-    # should not always be the longest
+    # train.share() leaves out the last texts of a class; shuffled, these are not always the longest
     return [np.concatenate([rng.permutation(part) for part in batches[i]]) for i in order]
 
 
@@ -896,7 +896,7 @@ TOY_OTHERS = {slot: [concept.split() for concept in concepts.split("|")] for slo
 }.items()}
 TOY_CLAUSES = ["the {noun} was {adverb} {adjective}", "{adverb} {adjective} {noun}"]
 TOY_OPINION = "{people} {verb} the {description} {noun}"
-TOY_SEEN = 5  # the labelled texts speak of so many aspects, the first ones
+TOY_SEEN = 5  # the labelled texts speak of the first five aspects only
 TOY_DRAW = 1  # one of three draws of the texts, chosen, like the grammar, to show the mechanism
 
 

@@ -178,7 +178,8 @@ class Victim:
     """A trained classifier as a function from texts to class probabilities.
 
     victim(texts) -> (N, C) float32 array. A text is its words joined by single spaces, a pair is a
-    tuple of two such strings; nothing tokenizes them again. Raises ValueError for anything else.
+    tuple of two such strings; it is already tokenized and only split at spaces. Raises ValueError
+    for anything else.
     model: a rift.RIFT; vocabulary: a data.Vocabulary; precision: "fp32" or "bf16", of the encoder;
     labels: names of the classes; parts: 1 if the model reads single texts, 2 for pairs.
     """
@@ -321,10 +322,11 @@ def search_settings(s):
 
 
 def hull_attack(victim, examples, *, seed=0, bar=None, **search):
-    """Attacks by the adversary in the hull, told the label and made discrete: a quick test.
+    """Attacks by the adversary in the hull, which here knows the label, then picks words.
 
     examples: N data.Example; each starts from its own noise, seeded with (seed, its place in the
-    list), so that in fp32 nothing depends on the batches. search: see search_settings().
+    list), so that in fp32 the texts found do not depend on the batches. search: see
+    search_settings().
     Returns (predictions, texts, S): the classes predicted for the adversarial texts, (N,) int64;
     these texts as words; their features (N, H).
     """
@@ -353,9 +355,10 @@ def hull_attack(victim, examples, *, seed=0, bar=None, **search):
     return victim.probabilities(S).argmax(-1), adversarial, S
 
 
-def accuracy(predictions, examples):
-    """The share of examples whose label is predicted."""
-    return float(np.mean([p == x.y for p, x in zip(predictions, examples)]))
+def accuracy(examples, *predictions):
+    """The share of examples whose label is predicted, by all of them if there are several (N,)."""
+    y = [x.y for x in examples]
+    return float(np.mean(np.all([p == y for p in predictions], axis=0)))
 
 
 def wilson(successes, n, z=1.96):
@@ -368,9 +371,10 @@ def wilson(successes, n, z=1.96):
 def bootstrap(statistic, *groups, draws=10_000, seed=0):
     """A statistic of runs that saw the same N texts, and its 95% bootstrap interval.
 
-    groups: arrays (R, N) or (R, N, M), M numbers a text, of R runs each; statistic: a function of
-    each group's mean over runs and texts in D draws, (D,) or (D, M), that returns (D,). Texts are
-    resampled, and runs too if every group has several: one run does not show how much runs differ.
+    groups: arrays (R, N) or (R, N, M): R runs, N texts, M numbers for each. statistic: is given,
+    for D draws at once, each group's mean over runs and texts, (D,) or (D, M), and returns (D,).
+    Texts are resampled, and runs too if every group has several: one run does not show how much
+    runs differ.
     Returns (value, low, high).
     """
     groups = [np.asarray(x, float) for x in groups]
@@ -606,11 +610,11 @@ def earlier(eval_path, lines_path, settings):
 # ---- Tables --------------------------------------------------------------------------------------
 
 LEGEND = """
-N: texts, the same for every run. clean, and each attack: the share of them that is classified
-right, as they are and after the attack, with its 95% Wilson interval. hull: the adversary of
-training made discrete, a quick stand-in for the attacks. words: share of the words that successful
-attacks changed. queries: texts that the attack asked for, on average. fixed: share of the attacked
-texts in which no word has a synonym."""
+N: texts, the same for every run. clean: the share of them that is classified right. Each attack:
+the share that is right and stays right under the attack. Both with a 95% Wilson interval. hull: the
+adversary of training made discrete, a quick stand-in for the attacks. words: share of the words
+that successful attacks changed. queries: texts that the attack asked for, on average (hull: forward
+passes). fixed: share of the attacked texts in which no word has a synonym."""
 
 
 def show(title, rows):
@@ -765,7 +769,7 @@ def report(groups, args):
 
 
 def tradeoffs(group, names):
-    """Yields a line for each method with several betas, its gain over adv with several betas."""
+    """Yields a line of text for each method with several betas: its gain over adv's curve."""
     curves = {}                                                         # {curve: {beta: [run, ..]}}
     for curve, runs in by_settings(group, "beta").items():
         points = curves.setdefault(curve, {})
@@ -829,9 +833,9 @@ def read_finished(folder, attack, split):
     """A finished run for the figures: run (its settings), scores {"clean", attack}, n texts, log
     (a dict an epoch), kept (the line of the kept epoch).
 
-    The scores are those of eval.json; a hull accuracy that is not there is the one of train.py: on
-    dev that of the kept epoch, on test that of the whole split. Raises InputError where the attack
-    is missing.
+    The scores are those of eval.json. If hull is missing there, it is the one that train.py
+    measured: on dev for the kept epoch, on test for the whole split. Raises InputError where the
+    attack is missing.
     """
     s, _ = settings_of(folder)
     if s.method not in rift.METHODS:
@@ -912,9 +916,26 @@ FORGETTING = {
 }
 
 
+def logging(runs, label):
+    """The runs that log a measure of FORGETTING: L_info is only logged by methods that have it."""
+    return [x for x in runs if "L_info" not in label or "info_n" in x.kept]
+
+
+def forgetting_table(runs):
+    """Rows of cells: the measures of forgetting at the kept epochs, mean and range over runs."""
+    rows = [["method", "runs", *FORGETTING]]
+    for name, same in by_settings(runs).items():
+        rows.append([name, str(len(same))])
+        for label, measure in FORGETTING.items():
+            values = [measure(x.kept) for x in logging(same, label)]
+            rows[-1].append(f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+                            if values else "-")
+    return rows
+
+
 def plot(folders, path, attack, split):
     """Draws what the runs of a task vary: accuracy over alpha, clean against robust accuracy over
-    beta; where they vary neither, forgetting over the epochs.
+    beta; where they vary neither, forgetting over the epochs. Prints a table of forgetting.
 
     Raises InputError where matplotlib is missing or a run lacks what is drawn.
     """
@@ -935,9 +956,10 @@ def plot(folders, path, attack, split):
         if any(len({s.beta for s in of[method]}) > 1 for method in of if method != "standard"):
             panels.append((draw_tradeoff, title, runs, {}))
         for label, measure in FORGETTING.items() if len(panels) == before else ():
-            having = [x for x in runs if "info_n" in x.kept] if "L_info" in label else runs
-            more = dict(measure=measure, label=label)
+            having, more = logging(runs, label), dict(measure=measure, label=label)
             panels += [(draw_forgetting, f"{task}, dev texts", having, more)] * bool(having)
+        show(f"Forgetting, {task}, dev texts at the kept epochs: mean over runs (lowest to "
+             "highest)", forgetting_table(runs))
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.6 * columns, 3.5 * rows + 0.3), layout="constrained")
@@ -947,7 +969,7 @@ def plot(folders, path, attack, split):
         ax.grid(alpha=0.3)
         ax.set_title(title, size=10)
         ax.legend(fontsize=8, title="numbers: beta" if draw is draw_tradeoff else None)
-    figure.suptitle("Bars: range over seeds; of a single run's accuracy its 95% interval", size=9)
+    figure.suptitle("Bars: range over seeds; for a single run's accuracy, its 95% interval", size=9)
     image = io.BytesIO()
     try:
         figure.savefig(image, format=path.suffix[1:].lower() or "png", dpi=150)
@@ -977,7 +999,8 @@ def parse(argv):
     flag("--lm-constraint", metavar="SOURCE", help="judges which synonyms the genetic attack may "
          "use: none, scores (the published file, which knows only some texts) or a causal language "
          "model's name or folder; None: scores for imdb and snli, else none")
-    flag("--max-queries", type=positive, metavar="N", help="a text that would need more survives")
+    flag("--max-queries", type=positive, metavar="N", help="texts that are sent for "
+         "one example at most; one that would need more survives")
     flag("--seed", type=number(int, 0), default=0, metavar="S",
          help="of the choice of texts and of the attacks")
     flag("--batch-size", type=positive, default=64, metavar="N", help="texts in a forward pass")

@@ -255,7 +255,7 @@ def adversary(encoder, head, input_ids, attention_mask, subs, subs_mask, v, y=No
 
 
 def discrete(subs, w):
-    """The text at the corner nearest to the mixture: candidate argmax_k w_lk at every position.
+    """The text at the corner with the largest weight: candidate argmax_k w_lk at every position.
 
     subs: (B, L, K) int64; w: (B, L, K). Returns ids (B, L) int64.
     """
@@ -367,7 +367,8 @@ def debiased_cka(S, T):
         CKA = HSIC_1(SS', TT') / sqrt( HSIC_1(SS', SS') * HSIC_1(TT', TT') )
 
     with the unbiased HSIC_1 of Song et al. (2012): 0 on average for features that have nothing to
-    do with each other, where the plain estimate is 0.3 at N = 300, H = 384. S, T: (N, H), N >= 4.
+    do with each other, where the plain estimate is far above 0: about H / (N + H) for independent
+    normal features. S, T: (N, H), N >= 4.
     Returns a float: 1 for features equal up to rotation and scale.
     Raises ValueError for fewer than 4 texts.
     """
@@ -508,8 +509,8 @@ def ptwd(o):
 
 
 # method: {term: its weight, a number or the name of a setting}. What is not listed is not computed.
-# To add a method, write its new terms above and its line here. One with any term but ce and ptwd is
-# given x^, and its epoch is chosen by (hull, clean).
+# To add a method, write its new terms above and its line here. A method with a term besides ce and
+# ptwd is given x^, and its epoch is chosen by (hull, clean).
 METHODS = {
     "standard": {ce: 1},
     "adv": {ce: 1, kl: "beta"},                             # L_task
@@ -521,7 +522,7 @@ METHODS = {
 
 
 def has_adversary(method):
-    """Whether a method needs x^: each does that has a term besides ce and ptwd."""
+    """True if the method needs x^: it has a term besides ce and ptwd."""
     return not METHODS[method].keys() <= {ce, ptwd}
 
 
@@ -535,8 +536,8 @@ def objective(o, method, weight):
     terms, loss = {}, 0
     for term, factor in METHODS[method].items():
         if isinstance(factor, str) and factor not in weight:
-            raise ValueError(f"METHODS[{method!r}] weighs {term.__name__} with {factor!r}, no "
-                             f"setting: wanted a number or one of {', '.join(weight)}")
+            raise ValueError(f"METHODS[{method!r}] weighs {term.__name__} with {factor!r}, "
+                             f"no setting: wanted a number or one of {', '.join(weight)}")
         terms[term.__name__] = term(o)
         loss = loss + weight.get(factor, factor) * terms[term.__name__]
     return {"loss": loss} | terms

@@ -152,16 +152,25 @@ def slices(y, size):
 
 
 def measure(model, victim, task, s, T, T_dev):
-    """The rest of a log line, a dict: accuracy on dev, and how much was forgotten."""
+    """The rest of a log line, a dict: accuracy on dev, and how much was forgotten.
+
+    dev_clean, dev_hull: the share of texts that is right, and right also after eval.hull_attack
+    params_l2:           ||theta_s - theta_t||, how far the encoder's weights have moved
+    dev_cka:             debiased CKA of S and T: 1 if they arrange the texts alike, 0 if unrelated
+    dev_retained:        the share of T's variance within classes that a linear regression on S
+                         predicts: 1 if all of T can be read off S, 0 or below if nothing
+    dev_info, info_n:    see held_out_info(), for methods with L_info
+    """
     y = torch.tensor([x.y for x in task.train], device=T.device)                    # (n,)
     y_dev = torch.tensor([x.y for x in task.dev], device=T.device)
     S_dev = victim.features([x.words for x in task.dev])                            # (n, H)
-    predictions, _, S_hat = eval.hull_attack(victim, task.dev, **eval.search_settings(s))
+    clean = victim.probabilities(S_dev).argmax(-1)                                  # (n,)
+    hull, _, S_hat = eval.hull_attack(victim, task.dev, **eval.search_settings(s))
     C = len(task.labels)
     probe = torch.cat([(y == c).nonzero().squeeze(1)[:PROBE // C] for c in range(C)])
     S = victim.features([task.train[i].words for i in probe])
-    line = {"dev_clean": eval.accuracy(victim.probabilities(S_dev).argmax(-1), task.dev),
-            "dev_hull": eval.accuracy(predictions, task.dev),
+    line = {"dev_clean": eval.accuracy(task.dev, clean),
+            "dev_hull": eval.accuracy(task.dev, clean, hull),
             "params_l2": rift.pretrained_distance(model.encoder, model.teacher).item(),
             "dev_cka": rift.debiased_cka(S_dev, T_dev),
             "dev_retained": rift.retained(S, T[probe], y[probe], S_dev, T_dev, y_dev)}
@@ -205,12 +214,12 @@ def check_finite(totals, model, epoch, step, adamw):
 
 def finish(model, victim, task, s, folder, best_epoch):
     """Measures the kept epoch on test, once, and writes the run's model and metrics.json."""
-    S = victim.features([x.words for x in task.test], bar="test")
-    predictions, _, _ = eval.hull_attack(victim, task.test, bar="test hull",
-                                         **eval.search_settings(s))
+    S = victim.features([x.words for x in task.test], bar="test")                   # (n, H)
+    clean = victim.probabilities(S).argmax(-1)                                      # (n,)
+    hull, _, _ = eval.hull_attack(victim, task.test, bar="test hull", **eval.search_settings(s))
     metrics = {"method": s.method, "task": task.name, "seed": s.seed, "best_epoch": best_epoch,
-               "clean": eval.accuracy(victim.probabilities(S).argmax(-1), task.test),
-               "hull": eval.accuracy(predictions, task.test), "test_examples": len(task.test)}
+               "clean": eval.accuracy(task.test, clean),
+               "hull": eval.accuracy(task.test, clean, hull), "test_examples": len(task.test)}
     parts = {name: p for name, p in trained(model).items() if not name.startswith("encoder.")}
     data.save_tensors(folder / "model.safetensors", parts)
     with data.replacing(folder / "encoder") as new:
@@ -345,7 +354,7 @@ def run(task, table, s, folder, overwrite, known):
     data, or a run that is there.
     """
     rank, world = processes()
-    torch.manual_seed(s.seed)                           # of all that is not pre-trained
+    torch.manual_seed(s.seed)                           # for the head and the projections
     encoder, tokenizer = eval.load_encoder(s.model)
     digest = data.fingerprint(b"".join(p.detach().numpy().tobytes() for p in encoder.parameters()))
     config = {"settings": vars(s), "labels": task.labels, "parts": len(task.train[0].words),
@@ -446,7 +455,7 @@ def parse(argv):
     flag("--method", nargs="+", choices=rift.METHODS, metavar="NAME",
          help=f"one or more of {', '.join(rift.METHODS)}; they train one after another")
     flag("--seeds", nargs="+", type=number(int, 0, 2**32 - 1), default=[0], metavar="S",
-         help="of heads, batches, dropout and the adversary's noise")
+         help="of heads, batches, dropout and the adversary's noise; a run for each")
     flag("--model", metavar="NAME_OR_DIR",
          help="a BERT or RoBERTa encoder, on the hub or in a folder")
     flag("--pooling", choices=("pooler", "mean"), help="S and T: the encoder's pooler, or the mean "
@@ -478,8 +487,8 @@ def parse(argv):
          help="texts in a forward pass of evaluation")
     flag("--lr", type=number(float, 0, above=True), metavar="X", help="AdamW's, after the warm-up")
     flag("--schedule", type=number(float, 0), nargs="+", metavar="F",
-         help="factors of lr in the first epochs, the last one stays; None: 0.1 0.55 1, in short "
-         "runs only so many below 1 as are a third of the epochs")
+         help="factors of lr in the first epochs; the last one stays. None: 0.1 0.55 1, of which "
+         "those below 1 take at most a third of the epochs")
     flag("--weight-decay", type=number(float, 0), default=2e-4, metavar="X",
          help="AdamW's, on head and projections; the encoder has none")
     flag("--adam-eps", type=number(float, 0, above=True), default=1e-6, metavar="X", help="AdamW's")
@@ -489,10 +498,12 @@ def parse(argv):
          help="temperature of the score f_c")
     flag("--adv-steps", type=number(int, 0), default=10, metavar="N",
          help="steps of the search in the hull; 0: noise only")
-    flag("--adv-lr", type=number(float, 0), default=1.0, metavar="X", help="of its Adam")
-    flag("--adv-weight-decay", type=number(float, 0), default=2e-5, metavar="X", help="of its Adam")
+    flag("--adv-lr", type=number(float, 0), default=1.0, metavar="X",
+         help="learning rate of the search's Adam")
+    flag("--adv-weight-decay", type=number(float, 0), default=2e-5, metavar="X",
+         help="weight decay of the search's Adam")
     flag("--sparsity", type=number(float, 0), default=15.0, metavar="X",
-         help="weight of the entropy, which pushes it towards single words")
+         help="weight of the entropy, which pushes the search towards single words")
     flag("--candidates", type=number(int, 1, 1000), default=10, metavar="K",
          help="words at a position of the hull, the word itself included")
     flag("--ptwd", type=number(float, 0), default=0.01, metavar="X",
@@ -511,7 +522,7 @@ def parse(argv):
     if task not in TASKS and not Path(task).is_dir():
         raise InputError(f"--task {task}: no such folder, and not toy, imdb or snli")
     if task == "toy" and args.model != "toy":
-        raise InputError(f"--model {args.model}: the toy task has its own, of its own words")
+        raise InputError(f"--model {args.model}: the toy task has an encoder of its own")
     if args.resume and args.overwrite:
         raise InputError("--resume and --overwrite: only one of them")
     args.method, args.seeds = list(dict.fromkeys(args.method)), list(dict.fromkeys(args.seeds))

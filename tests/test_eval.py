@@ -10,6 +10,7 @@ import csv
 import io
 import itertools
 import json
+import re
 import shutil
 import sys
 from contextlib import suppress
@@ -103,10 +104,10 @@ def test_a_run_loads_to_the_predictions_of_training(runs, kind, method):
     P = victim([data.to_text(x.words) for x in examples])
     assert P.shape == (len(examples), {"texts": 2, "pairs": 3}[kind]) and P.dtype == np.float32
     assert np.allclose(P.sum(1), 1, atol=1e-6)
-    assert eval.accuracy(P.argmax(1), examples) == metrics["clean"]
+    assert eval.accuracy(examples, P.argmax(1)) == metrics["clean"]
     search = eval.search_settings(eval.settings_of(run)[0])
     predictions, texts, S = eval.hull_attack(victim, examples, **search)
-    assert eval.accuracy(predictions, examples) == metrics["hull"]
+    assert eval.accuracy(examples, P.argmax(1), predictions) == metrics["hull"]
     # of the adversarial texts themselves, which are others
     assert torch.allclose(S, victim.features(texts), atol=1e-5)
     assert texts != [victim.vocabulary.visible(x.words) for x in examples]
@@ -610,10 +611,9 @@ def copies(run, scores, **values):
         yield copy
 
 
-def test_forgetting_is_drawn_over_the_epochs(runs, draw, tmp_path):
-    """Four measures, the bound for rift only; a ring marks the epoch that was kept.
-
-    Another task has panels of its own. A file without an extension is a PNG.
+def test_forgetting_is_drawn_over_the_epochs(runs, draw, tmp_path, capsys):
+    """Four measures, the bound for rift only; a ring marks the epoch that was kept, whose measures
+    are printed. Another task has panels of its own. A file without an extension is a PNG.
     """
     found = draw(*[runs["texts"] / method for method in METHODS], runs["pairs"] / "rift")
     panels, others = found["texts, dev texts"], found["pairs, dev texts"]
@@ -626,6 +626,10 @@ def test_forgetting_is_drawn_over_the_epochs(runs, draw, tmp_path):
     rings = [x for x in panels[0].collections if type(x).__name__ == "PathCollection"]
     assert kept == [ring.get_offsets()[0][0] for ring in rings]
     assert (tmp_path / "figure").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    log = [line for line in log if line["epoch"] == kept[list(METHODS).index("adv")]]
+    cells = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
+    row, = [row for row in cells if row[:2] == ["adv", "1"]]
+    assert row[2] == "{0:.2f} ({0:.2f} to {0:.2f})".format(log[0]["params_l2"]) and row[5] == "-"
 
 
 def bar_of(ax, name, axis):

@@ -244,6 +244,7 @@ def test_every_method_trains_and_its_run_loads(plain_words, model_folder, tmp_pa
                   "params_l2"}
         info = {"dev_info", "info_n"} if "info" in terms else set()
         assert all(line.keys() == always | terms | info for line in log)
+        assert all(line["dev_hull"] <= line["dev_clean"] for line in log)
         assert metrics["method"] == method and 0 <= metrics["hull"] <= 1
         files = {path.name for path in folder.iterdir()}
         assert files == {"config.json", "encoder", "log.jsonl", "metrics.json", "model.safetensors",
@@ -254,7 +255,7 @@ def test_every_method_trains_and_its_run_loads(plain_words, model_folder, tmp_pa
         assert P.shape == (2, len(labels)) and np.allclose(P.sum(1), 1, atol=1e-5)
         test = eval.open_task(eval.settings_of(folder)[0]).test
         predictions = victim([data.to_text(x.words) for x in test]).argmax(-1)
-        assert eval.accuracy(predictions, test) == metrics["clean"]     # what was measured is saved
+        assert eval.accuracy(test, predictions) == metrics["clean"]     # what was measured is saved
 
 
 def test_several_methods_and_seeds_see_the_same_texts(plain_words, bert, tmp_path, monkeypatch):
