@@ -272,6 +272,9 @@ def attack_one(example, index, y, victim, method, synonyms, seed, name):
         rng = np.random.default_rng([seed, index])
         try:
             found = tuple((yield from method(words, y, candidates[:len(words)], rng)))
+            if len(found) != len(words):
+                raise ValueError(f"the attack {name} returned {len(found)} words for a text of "
+                                 f"{len(words)}")
             P = yield [found]  # costs nothing where the attack has asked it already
             adversarial = found
         except OutOfQueries:

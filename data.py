@@ -398,8 +398,8 @@ def load_task(task, data_dir=None, *, train_size=None, dev_size=None, test_size=
     if task == "toy":
         labels, splits = ["blame", "praise"], toy_splits(sizes, split_seed)
     elif task not in readers and not Path(task).is_dir():
-        raise InputError(f"unknown task {str(task)!r}: neither toy, imdb, snli nor a folder with "
-                         f"train.tsv and test.tsv")
+        raise InputError(f"unknown task {str(task)!r}: neither toy, imdb, snli nor, seen from "
+                         f"{Path.cwd()}, a folder with train.tsv and test.tsv")
     else:
         path = locate(task, data_dir) if task in readers else Path(task)
         labels, splits = readers.get(task, read_folder)(path)
@@ -433,7 +433,7 @@ def choose(splits, labels, sizes, split_seed, where):
         # dev is taken from a pool's start, a subset of train from its end: so the subset hardly
         # depends on dev's size
         total = len(splits["train"])
-        counts = [max(1, len(pool) * min(1000, total // 10) // total) for pool in pools["train"]]
+        counts = [max(2, len(pool) * min(1000, total // 10) // total) for pool in pools["train"]]
         if sizes["dev"] is not None:
             counts = map(len, balanced(pools["train"], sizes["dev"], labels, f"{where}: dev"))
         parts = [np.split(pool, [n]) for pool, n in zip(pools["train"], counts)]
@@ -545,14 +545,15 @@ def read_folder(path):
         for number, row in enumerate(rows, 2):
             at, label = f"{where}, line {number}", row[0].strip()
             if len(row) != header.count("\t") + 1 or not label:
-                raise InputError(f"{at}: {str(row)[:80]}, wanted {header!r} with a label")
+                problem = f"{len(row)} columns" if label else "no label"
+                raise InputError(f"{at}: {str(row)[:80]} has {problem}, wanted {header!r}")
             for field in row:
                 if field[:1] == field[-1:] == '"' and '""' in field[1:-1]:
                     raise InputError(f"{at}: {field[:80]!r} is quoted, wanted the text as it is; "
                                      f"write the file with quoting=csv.QUOTE_NONE")
             with suppress(ValueError):
                 label = float(label)  # so that "1" and "1.0" are compared as one label
-            first = spelling.setdefault(label, row[0])
+            first = spelling.setdefault(str(label).lower(), row[0])
             if row[0] != first:
                 raise InputError(f"{at}: label {row[0]!r} and, further up, {first!r}: wanted one "
                                  f"spelling for one class")
@@ -610,7 +611,9 @@ def load_neighbors(source=None, data_dir=None, words=None):
     Counter of the task's training words, for WordNet all words that are to be looked up."""
     path = find_neighbors(source, data_dir)
     if path == "wordnet":
-        return wordnet_neighbors(words or ())
+        if words is None:
+            raise ValueError("load_neighbors('wordnet') needs `words`, those to be looked up")
+        return wordnet_neighbors(words)
     return read_neighbors(path) if path.suffix == ".json" else vector_neighbors(path, words or {})
 
 
@@ -619,8 +622,8 @@ def read_neighbors(path):
     content = text_of(Path(path))
     try:
         items = json.loads(content).items()
-    except (ValueError, AttributeError, RecursionError):
-        raise InputError(f"{path}: wanted a JSON object of lists of words") from None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: wanted a JSON object of lists of words ({error})") from None
     for word, others in items:
         words = others if isinstance(others, list) else [others]
         joined = " ".join(map(str, words)).encode("utf-8", "replace").decode()
@@ -947,6 +950,8 @@ def toy_splits(sizes, split_seed):
     for split, lean in (("train", 0.8), ("dev", 0.8), ("test", 0.75)):
         rng = random.Random(f"toy {split} {TOY_DRAW + split_seed}")
         n = (sizes[split] or TOY_SIZES[split]) // 2 * 2
+        if n == 0:
+            raise InputError(f"toy: {split}: {sizes[split]} texts, wanted at least 2")
         texts = [toy_review(rng, i % 2, lean, labelled=split != "test") for i in range(n)]
         splits[split] = [Example(from_text(text), i % 2) for i, text in enumerate(texts)]
     return splits

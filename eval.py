@@ -26,6 +26,7 @@ import io
 import itertools
 import json
 import math
+import shlex
 import sys
 import textwrap
 from collections import Counter
@@ -45,8 +46,8 @@ import rift
 from data import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Runs that differ only in these settings are runs of the same experiment.
-INCIDENTAL = ("seed", "data_dir", "device", "eval_batch_size")
+# Settings that do not change what a run is.
+INCIDENTAL = ("data_dir", "device", "eval_batch_size")
 
 
 # ---- Command lines -------------------------------------------------------------------------------
@@ -64,7 +65,7 @@ def number(kind, low, high=math.inf, above=False):
             raise argparse.ArgumentTypeError(
                 f"{text!r} has to be {'an integer' if kind is int else 'a number'} "
                 f"{'above' if above else 'of at least'} {low:g}"
-                + (f" and at most {high:g}" if high < math.inf else ""))
+                + (f" and at most {high}" if high < math.inf else ""))
         return value
     return parse
 
@@ -252,7 +253,7 @@ def settings_of(folder):
     """
     path = Path(folder) / "config.json"
     if not path.exists():
-        runs = list(Path(folder).glob("*/config.json"))
+        runs = [run for run in Path(folder).glob("*/config.json") if run.parent.name != "encoder"]
         raise InputError(f"{folder}: no run of train.py, it has no config.json"
                          + f"; the runs are in it: {folder}/*" * bool(runs))
     config = data.read_json(path)
@@ -277,15 +278,22 @@ def load_run(folder, device=None, precision=None, batch_size=64, table=None):
     encoder, tokenizer = load_encoder(folder / "encoder", s.max_len, complete=True)
     device = pick_device(device)
     precision = pick_precision(precision or s.precision, device)
-    table = data.load_neighbors(folder / "neighbors.json") if table is None else table
+    if table is None:
+        table = data.read_neighbors(folder / "neighbors.json")
+        if data.fingerprint(table) != config["fingerprints"].get("neighbors"):
+            raise InputError(f"{folder / 'neighbors.json'}: is not the table that the run was "
+                             "trained with; --neighbors FILE attacks with another one")
     model = rift.RIFT(encoder, len(config["labels"]), s.pooling, s.method == "rift-marginal")
     tensors, _ = data.load_tensors(folder / "model.safetensors")
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False)
-    except RuntimeError:                                                        # wrong shapes
-        missing, unexpected = ["head"], []
-    if unexpected or any(not name.startswith(("encoder.", "teacher.")) for name in missing):
-        raise InputError(f"{folder / 'model.safetensors'}: of another run, or damaged")
+    except RuntimeError as error:                                               # wrong shapes
+        raise InputError(f"{folder / 'model.safetensors'}: of another run, or damaged "
+                         f"({first_line(error)})") from None
+    missing = [name for name in missing if not name.startswith(("encoder.", "teacher."))]
+    if missing or unexpected:
+        raise InputError(f"{folder / 'model.safetensors'}: of another run, or damaged: it "
+                         + (f"lacks {missing[0]}" if missing else f"has {unexpected[0]} as well"))
     if not all(p.isfinite().all() for p in model.parameters()):
         raise InputError(f"{folder}: its weights are not finite")
     for part in (encoder.encoder, encoder.pooler):      # once, not at every call
@@ -524,6 +532,7 @@ def evaluate(folder, plan, args):
     s, config = settings_of(folder)
     table = open_table(s, plan.task, args.neighbors, args.data_dir) if args.neighbors else None
     victim = load_run(folder, args.device, args.precision, args.batch_size, table)
+    metrics = data.read_json(folder / "metrics.json")
     if plan.task.fingerprint != config["fingerprints"]["data"]:
         raise InputError(f"{folder}: was trained on other data than is found now (the fingerprints "
                          "differ)")
@@ -572,7 +581,7 @@ def evaluate(folder, plan, args):
     write_lines(lines_path, done)
     data.write_json(eval_path, record)
     if args.split == "test":            # "clean" and "hull" there stay those of all test texts
-        metrics, black_box = data.read_json(folder / "metrics.json"), ATTACKS.keys() - {"hull"}
+        black_box = ATTACKS.keys() - {"hull"}
         kept = {key: value for key, value in metrics.items() if key not in black_box}
         now = {key: value for key, value in record.items() if key in black_box}
         data.write_json(folder / "metrics.json", kept | now)
@@ -667,7 +676,8 @@ def by_settings(runs, *free):
     """
     groups = {}
     for x in runs:
-        s = {key: value for key, value in vars(x.run).items() if key not in (*INCIDENTAL, *free)}
+        own = {"seed", *INCIDENTAL, *free}
+        s = {key: value for key, value in vars(x.run).items() if key not in own}
         groups.setdefault(json.dumps(s), (s, []))[1].append(x)
     named = {}
     for s, same in groups.values():
@@ -764,7 +774,8 @@ def report(groups, args):
             for line in x.lines[name]:
                 joined = {key: " | ".join([line[key]] if isinstance(line[key], str) else line[key])
                           for key in ("original", "adversarial")}
-                rows.writerow({"run": x.name} | line | joined)
+                names = {key: x.labels[line[key]] for key in ("label", "prediction")}
+                rows.writerow({"run": x.name} | line | joined | names)
         data.write_atomically(args.csv, file.getvalue())
 
 
@@ -958,8 +969,6 @@ def plot(folders, path, attack, split):
         for label, measure in FORGETTING.items() if len(panels) == before else ():
             having, more = logging(runs, label), dict(measure=measure, label=label)
             panels += [(draw_forgetting, f"{task}, dev texts", having, more)] * bool(having)
-        show(f"Forgetting, {task}, dev texts at the kept epochs: mean over runs (lowest to "
-             "highest)", forgetting_table(runs))
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.6 * columns, 3.5 * rows + 0.3), layout="constrained")
@@ -977,6 +986,9 @@ def plot(folders, path, attack, split):
         raise InputError(f"--plot {path}: {first_line(error)}") from None
     data.write_atomically(path, image.getvalue())
     print(f"{path}: drawn from {', '.join(map(str, folders))}")
+    for task, runs in tasks.items():
+        show(f"Forgetting, {task}, dev texts at the kept epochs: mean over runs (lowest to "
+             "highest)", forgetting_table(runs))
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -1061,8 +1073,9 @@ def main(argv):
                     plans[key], groups[key] = make_plan(s, args), []
                 groups[key].append(evaluate(folder, plans[key], args))
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("finished texts are kept: the same command goes on"
-                                    + " without --overwrite" * args.overwrite) from None
+            again = shlex.join(word for word in argv if word != "--overwrite")
+            raise KeyboardInterrupt("finished texts are kept, and this goes on: python eval.py "
+                                    + again) from None
         report(list(groups.values()), args)
     if args.plot:
         plot(args.runs, args.plot, args.plot_attack, args.split)

@@ -377,6 +377,10 @@ def run(task, table, s, folder, overwrite, known):
         victim = eval.Victim(model, vocabulary, s.eval_batch_size, s.precision)
         known[key] = [victim.features([x.words for x in split], model.teacher, "teacher's features")
                       for split in (task.train, task.dev)]
+    if rank == 0:
+        counts = Counter(task.labels[x.y] for x in task.train)
+        classes = ", ".join(f"{counts[label]:,} {label}" for label in task.labels)
+        print(f"{folder}: trains on {classes}; dev {len(task.dev):,}, test {len(task.test):,}")
     train(model, task, vocabulary, s, folder, *known[key])
 
 
@@ -574,8 +578,12 @@ def main(argv):
     if world > 1 and rank == 0:
         dist.barrier()
     if len(task.dev) < max(4, 2 * len(task.labels)):
-        raise InputError(f"--dev-size: dev has {len(task.dev)} texts, equally many of each class, "
-                         f"wanted at least {max(4, 2 * len(task.labels))}")
+        raise InputError(f"--dev-size: dev has {len(task.dev)} texts, wanted at least "
+                         f"{max(4, 2 * len(task.labels))}, two of each class")
+    if any(map(rift.has_adversary, args.method)) and not any(
+            any(data.substitutes(x.words[-1], table)) for x in task.train):
+        raise InputError(f"--neighbors {s.neighbors}: has no synonym for any word of the training "
+                         "texts")
     if s.batch_size < 2 * len(task.labels):             # before the teacher reads all texts
         raise InputError(f"--batch-size {s.batch_size}: wanted at least {2 * len(task.labels)}, "
                          f"two texts of each of {len(task.labels)} classes")

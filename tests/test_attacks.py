@@ -353,6 +353,12 @@ def sure(N):
     return np.tile([1.0, 0.0], (N, 1))
 
 
+def shortens(words, y, synonyms, rng):
+    """An attack that leaves a word out."""
+    yield [words]
+    return words[:1]
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(victim=returns(lambda N: np.ones((N, 1)))), r"shape \(1, 1\); expected .* \(1, C\)"),
     (dict(victim=returns(lambda N: sure(N + 1))), r"shape \(2, 2\); expected"),
@@ -372,6 +378,7 @@ def sure(N):
       for limit in ("batch_size", "in_flight", "max_words", "max_queries")],
     (dict(method=partial(genetic, population=1), synonyms={"w1": ["w2"]}), "at least 2, not 1"),
     (dict(examples=["w1 w2"]), "is no example"),
+    (dict(method=shortens, synonyms={"w1": ["w2"]}), "shortens returned 1 words for a text of 2"),
 ])
 def test_what_cannot_be_attacked_is_refused(change, message):
     good = dict(victim=returns(sure), examples=[(7, "w1 w2", 0)], method=pwws, synonyms={})
@@ -446,7 +453,7 @@ def test_the_score_file_may_be_in_a_zip_or_a_folder(tmp_path):
     packed = shutil.make_archive(tmp_path / "packed", "zip", tmp_path / "scores")
     for path in (tmp_path / "scores", packed):
         assert read_lm_scores(path, task="imdb").keys() == {"a good film .", "bad"}
-        with pytest.raises(ValueError, match="holds 2 .txt files .*one is right"):
+        with pytest.raises(ValueError, match="holds 2 .txt files .*wanted one"):
             read_lm_scores(path)
 
 

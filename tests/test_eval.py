@@ -282,7 +282,8 @@ def test_the_table_recounts_the_lines_of_the_attacks(capsys, tmp_path):
     assert "runs/adv-0, pwws: neg -> pos\n  a [good -> great] [movie -> film]\n" in out
     with open(tmp_path / "texts.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    expected = [{"run": "runs/adv-0"} | fooled, {"run": "runs/adv-0"} | survived
+    expected = [{"run": "runs/adv-0"} | fooled | {"label": "neg", "prediction": "pos"},
+                {"run": "runs/adv-0"} | survived | {"label": "neg", "prediction": "neg"}
                 | {"original": "a | b c", "adversarial": "a | b c"}]
     assert rows == [{key: str(value) for key, value in line.items()} for line in expected]
 
@@ -417,7 +418,8 @@ def test_ctrl_c_keeps_the_finished_texts_and_says_how_to_go_on(run, capsys):
         evaluate(run, "--attacks", "pwws", "--overwrite")
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 130 and error == (
-        "eval.py: stopped; finished texts are kept: the same command goes on without --overwrite")
+        "eval.py: stopped; finished texts are kept, and this goes on: "
+        f"python eval.py {run} --attacks pwws --device cpu")
     assert len(lines_of(run)) == 2
 
 

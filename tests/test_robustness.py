@@ -189,6 +189,7 @@ def test_a_log_file_has_a_line_for_each_epoch_and_no_carriage_returns(here, capf
     starts = [f"{method} seed {seed}: epoch {epoch} " for method in ("adv", "rift")
               for seed in (1, 2) for epoch in (1, 2)]
     starts += ["runs/adv-1: pwws ", "runs/adv-1: hull "]
+    assert out.startswith("runs/adv-1: trains on ")
     assert "\r" not in out + err and len(err.splitlines()) == len(starts), err
     assert all(line.startswith(start) for line, start in zip(err.splitlines(), starts)), err
 
@@ -222,7 +223,7 @@ GENETIC = ["--attacks", "genetic", "--lm-constraint"]
 # TRAIN or RUN, and what the one line has to say.
 BEFORE_TEXTS_ARE_READ = [
     ({}, ["--task", "imbd"], "--task imbd: no such folder, and not toy, imdb or snli"),
-    ({}, ["--task", "toy", "--model", "bert"], "--model bert: the toy task has its own"),
+    ({}, ["--task", "toy", "--model", "bert"], "--model bert: the toy task has an encoder"),
     ({}, ["--neighbors", "tabel.json"], "tabel.json: cannot be read (No such file"),
     ({}, ["--task", "imdb", "--data-dir", "nowhere"], "nowhere: no such folder (--data-dir"),
     ({}, ["--max-len", "600"], "model bert: has positions for 34 tokens, --max-len is 600"),
@@ -243,11 +244,14 @@ BEFORE_TEXTS_ARE_READ = [
     ({"bert/tokenizer.json": None, "bert/vocab.txt": None}, [], " its tokenizer "),
 ]
 BAD_TRAIN = [
-    ({}, ["--dev-size", "2"], "--dev-size: dev has 2 texts, equally many of each"),
-    ({"task/train.tsv": GOOD + "neg\n"}, [], "task/train.tsv, line 20: ['neg'], wanted 'label"),
+    ({}, ["--dev-size", "2"], "--dev-size: dev has 2 texts, wanted at least 4"),
+    ({"task/train.tsv": GOOD + "neg\n"}, [], "task/train.tsv, line 20: ['neg'] has 1 columns"),
     ({"mine/aclImdb/x": ""}, ["--task", "imdb", "--data-dir", "mine"],
      "mine/aclImdb: holds no aclImdb/train/neg/*.txt"),
     ({}, ["--method", "standard", "--resume"], f"{RUN}: --resume with epochs 2, but the run has 1"),
+    ({}, ["--method", "standard", "--resume", "--epochs", "1", "--seeds", "5"],
+     f"{RUN}: --resume with seed 5, but the run has 0"),
+    ({"task/neighbors.json": "{}"}, [], "task/neighbors.json: has no synonym for any word of the"),
 ]
 BAD_EVAL = [
     ({}, ["--attacks", "hotflip"], "invalid choice: 'hotflip'"),
@@ -266,6 +270,7 @@ BAD_EVAL = [
     ({MODEL: lambda content: content[:9000]}, [], f"{MODEL}: {data.NOT_OURS}"),
     ({f"{RUN}/metrics.json": None}, [], f"{RUN}: the run is not finished; train.py --resume goes"),
     ({f"{RUN}/neighbors.json": None}, [], f"{RUN}/neighbors.json: cannot be read"),
+    ({f"{RUN}/neighbors.json": "{}"}, [], f"{RUN}/neighbors.json: is not the table that the run"),
     ({f"{RUN}/encoder": None}, [], f"{RUN}/encoder: no such folder"),
     ({f"{RUN}/eval.json": '{"cle'}, [], f"{RUN}/eval.json: {data.NOT_OURS}"),
 ]
