@@ -289,7 +289,7 @@ def load_run(folder, device=None, precision=None, batch_size=64, table=None):
         missing, unexpected = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:                                               # wrong shapes
         raise InputError(f"{folder / 'model.safetensors'}: of another run, or damaged "
-                         f"({first_line(error)})") from None
+                         f"({str(error).splitlines()[-1].strip()[:200]})") from None
     missing = [name for name in missing if not name.startswith(("encoder.", "teacher."))]
     if missing or unexpected:
         raise InputError(f"{folder / 'model.safetensors'}: of another run, or damaged: it "
@@ -927,8 +927,8 @@ FORGETTING = {
 }
 
 
-def logging(runs, label):
-    """The runs that log a measure of FORGETTING: L_info is only logged by methods that have it."""
+def with_measure(runs, label):
+    """The runs whose log has a measure of FORGETTING: L_info is there only for methods with it."""
     return [x for x in runs if "L_info" not in label or "info_n" in x.kept]
 
 
@@ -938,7 +938,7 @@ def forgetting_table(runs):
     for name, same in by_settings(runs).items():
         rows.append([name, str(len(same))])
         for label, measure in FORGETTING.items():
-            values = [measure(x.kept) for x in logging(same, label)]
+            values = [measure(x.kept) for x in with_measure(same, label)]
             rows[-1].append(f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
                             if values else "-")
     return rows
@@ -967,7 +967,7 @@ def plot(folders, path, attack, split):
         if any(len({s.beta for s in of[method]}) > 1 for method in of if method != "standard"):
             panels.append((draw_tradeoff, title, runs, {}))
         for label, measure in FORGETTING.items() if len(panels) == before else ():
-            having, more = logging(runs, label), dict(measure=measure, label=label)
+            having, more = with_measure(runs, label), dict(measure=measure, label=label)
             panels += [(draw_forgetting, f"{task}, dev texts", having, more)] * bool(having)
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
