@@ -558,8 +558,8 @@ def evaluate(folder, plan, args):
     data.write_json(eval_path, record)      # first the settings, then the lines made with them
 
     texts = {i: data.to_text(victim.vocabulary.visible(x.words)) for i, x in plan.chosen.items()}
-    P = attacks.check_probabilities(victim(list(texts.values())), len(texts))   # (N, C)
-    clean = P.argmax(1) == [x.y for x in plan.chosen.values()]                  # (N,)
+    predictions = victim(list(texts.values())).argmax(1)                        # (N,)
+    clean = predictions == [x.y for x in plan.chosen.values()]                  # (N,)
     attacked = [i for i, right in zip(texts, clean) if right]
     record["clean"] = float(clean.mean())
     found = Evaluation(str(folder), s, config["labels"], {"clean": clean}, {}, settings)
@@ -573,7 +573,8 @@ def evaluate(folder, plan, args):
                     lines[result.index] = {key: getattr(result, key) for key in LINE_KEYS}
                     file.write(json.dumps(lines[result.index]).encode() + b"\n")
         found.lines[name] = [lines[i] for i in attacked]
-        survived = {i for i in attacked if not lines[i]["success"]}
+        # not "without success": in bf16 another batch can turn a text that was right by a hair
+        survived = {i for i in attacked if lines[i]["prediction"] == lines[i]["label"]}
         found.robust[name] = np.array([i in survived for i in texts])
         record[name] = float(found.robust[name].mean())
         if not sys.stderr.isatty():

@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 8 train.py --task imdb  the same on eight GPUs
 
 Algorithm 1 is train(). All that is random in a step follows from the seed and the step's number: a
-run that was killed goes on from its last finished epoch to the same weights, bit for bit.
+run that was killed goes on from its last finished epoch, on a CPU to the same weights bit for bit
+(a GPU adds some numbers up in another order each time).
 """
 import signal
 
@@ -142,13 +143,18 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
 
 
 def slices(y, size):
-    """A list of index arrays: a batch in class-balanced slices of about `size` texts.
+    """A list of index arrays: a batch in class-balanced slices of at most `size` texts.
 
     y: (B,) int64, every class equally often. The gradients of the slices add up to one step. L_info
-    compares the texts of one slice, so that its N is the slice's, not the batch's.
+    compares the texts of one slice, so that its N is the slice's, not the batch's. The slices are
+    about equal and have at least 2 texts of each class, even if that is more than `size`: the
+    L_info of a single text would be 0.
     """
     rows = torch.stack([(y == c).nonzero().squeeze(1) for c in y.unique()])         # (C, N)
-    return [part.flatten().numpy() for part in rows.split(max(size // len(rows), 2), dim=1)]
+    C, N = rows.shape
+    n = max(size // C, 2)                                                   # of a class in a slice
+    number = max(min(math.ceil(N / n), N // 2), 1)
+    return [part.flatten().numpy() for part in rows.tensor_split(number, dim=1)]
 
 
 def measure(model, victim, task, s, T, T_dev):
@@ -175,7 +181,7 @@ def measure(model, victim, task, s, T, T_dev):
             "dev_cka": rift.debiased_cka(S_dev, T_dev),
             "dev_retained": rift.retained(S, T[probe], y[probe], S_dev, T_dev, y_dev)}
     if rift.info in rift.METHODS[s.method]:
-        N = (s.micro_batch_size or s.batch_size) // C
+        N = max(min(s.micro_batch_size or s.batch_size, s.batch_size) // C, 2)
         line |= held_out_info(model, S_hat, T_dev, y_dev, N, s.tau)
     return line
 
@@ -185,7 +191,7 @@ def held_out_info(model, S, T, y, N, tau):
     """{"dev_info": L_info of held-out texts, "info_n": how many it compares}.
 
     S, T: (n, H), features of adversarial and of clean texts; y: (n,); N: texts of a class in a
-    group, as in training, or fewer if there are not so many. log(info_n) - dev_info is the bound on
+    group, as many as in a (micro-)batch, or fewer if there are not so many. log(info_n) - dev_info is the bound on
     I(S;T|Y), with a marginal model on I(S;T). On training pairs it would say nothing: g and h learn
     them by heart.
     """
@@ -280,8 +286,8 @@ def open_folder(folder, config, overwrite):
     """Prepares a run's folder; returns False if the run in it is finished, else True.
 
     A run in it is removed if `overwrite`, else resumed. Raises InputError where it has other
-    settings, data or number of processes. That a folder with a run is refused without a flag is
-    checked in check_first().
+    settings, data or number of processes. check_first() has already refused a folder with a run
+    where neither flag is given.
     """
     there = (folder / "config.json").exists() and not overwrite
     if there:
@@ -557,13 +563,14 @@ def check_first(folders, s, resume, overwrite):
 @eval.command
 def main(argv):
     """train.py's command line."""
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        # from here on the device "cuda" is a GPU of this process's own
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     args, s = parse(argv)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         # the other processes wait while the first one reads texts or measures test: for hours
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
-                                timeout=timedelta(days=1))
-        if torch.cuda.is_available() and not s.device:
-            s.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        backend = "nccl" if eval.pick_device(s.device).type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
     rank, world = processes()
     if s.model == "toy":
         s.model = str(toy_encoder())

@@ -114,13 +114,22 @@ def test_what_is_left_out_is_not_always_the_longest():
     assert len(left_out) == 200 and abs(np.mean(left_out) - 4.5) < 1
 
 
-def test_the_processes_wait_for_hours(monkeypatch):
-    """For the first one, which reads the texts and measures test."""
-    started = mock.Mock(side_effect=KeyboardInterrupt)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_how_processes_start(monkeypatch):
+    """Each has its own GPU, the run's device decides how they talk, and they wait for hours: for
+    the first one, which reads the texts and measures test."""
+    started, own_gpu = mock.Mock(side_effect=KeyboardInterrupt), mock.Mock()
     monkeypatch.setattr(dist, "init_process_group", started)
-    with pytest.raises(SystemExit):
-        train.main([])
+    monkeypatch.setattr(torch.cuda, "set_device", own_gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for device, backend in (("cpu", "gloo"), ("cuda", "nccl")):
+        monkeypatch.setattr(eval, "pick_device", lambda name: torch.device(name))
+        with pytest.raises(SystemExit):
+            train.main(["--device", device, "--precision", "fp32"])
+        assert started.call_args.args == (backend,)
+    own_gpu.assert_called_with(3)
     assert started.call_args.kwargs["timeout"] >= timedelta(hours=10)
 
 

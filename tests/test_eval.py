@@ -391,6 +391,21 @@ def stopping(after):
     return mock.patch.object(eval, "run_attack", run_attack)
 
 
+def test_a_text_that_another_batch_makes_wrong_is_not_robust(run, monkeypatch):
+    """In bf16 the same text can be right in one batch and wrong in another."""
+    answer, calls = eval.Victim.__call__, []
+
+    def turning(victim, texts):
+        calls.append(1)
+        P = answer(victim, texts)
+        return P if len(calls) == 1 else P[:, ::-1]         # right only when clean is measured
+
+    monkeypatch.setattr(eval.Victim, "__call__", turning)
+    evaluate(run, "--attacks", "pwws")
+    scores = data.read_json(run / "eval.json")
+    assert scores["clean"] > 0 and scores["pwws"] == 0
+
+
 @pytest.mark.parametrize("attack", [["pwws", "genetic"], ["hull"]])
 def test_an_interrupted_evaluation_ends_like_one_that_was_not(run, attack, capsys):
     """Killed after any byte of attacks.jsonl, and stopped once more: the same table and files."""
