@@ -894,6 +894,7 @@ def draw_alpha(ax, runs, attack):
 
 def draw_tradeoff(ax, runs, attack):
     """Clean against robust accuracy, one point for each beta."""
+    from matplotlib.patheffects import withStroke       # not at the top: matplotlib is optional
     for name, same, look in curves(runs, "beta"):
         betas, (clean, robust) = points_over(same, "beta", ["clean", attack])
         ax.errorbar(clean[:, 0], robust[:, 0], robust[:, 1:].T, clean[:, 1:].T, label=name, **look)
@@ -901,7 +902,7 @@ def draw_tradeoff(ax, runs, attack):
         for beta, x, y in zip(betas, clean[:, 0], robust[:, 0]):
             ax.annotate(f"{beta:g}", (x, y), textcoords="offset points", fontsize=8,
                         xytext=(-5, -11) if left else (5, 5), ha="right" if left else "left",
-                        color=look["color"])
+                        color=look["color"], path_effects=[withStroke(linewidth=2, foreground="w")])
     ax.margins(0.08)
     ax.set(xlabel="clean accuracy", ylabel=f"accuracy under {attack}")
 
