@@ -418,7 +418,8 @@ LINE_KEYS = [field.name for field in dataclasses.fields(attacks.Result) if field
 class Plan:
     """What all runs on one data set share."""
     task: data.Task
-    chosen: dict            # {index in the split: data.Example}, the same for every run and attack
+    chosen: dict            # {index in the split: data.Example}, the same for every run and attack;
+                            # with the published scores only texts that they know
     settings: dict          # what the choice depends on
     wordnet: dict           # the table of pwws-wordnet; None where it is not asked for
     allowed: object         # the constraint: (index, words, synonyms) -> synonyms, for genetic

@@ -160,7 +160,8 @@ def hull(encoder, input_ids, subs, subs_mask):
     e = embed(encoder, input_ids)                                               # (B, L, H)
     free = subs_mask.sum(-1) > 1                                                # (B, L)
     l = torch.arange(L, device=input_ids.device).expand(B, L)[free]             # (P,)
-    # Texts share candidates: each (token, position) pair of the batch is embedded once.
+    # Texts share candidates: each (token, position) pair of the batch is embedded once, and with
+    # dropout on has one mask.
     pairs = subs[free] * L + l.unsqueeze(-1)                                    # (P, K)
     pairs, where = torch.unique(pairs, return_inverse=True)                     # (M,), (P, K)
     positions = position_ids(encoder, L)[:, pairs % L]                          # (1, M)
