@@ -511,8 +511,8 @@ def ptwd(o):
 
 # method: {term: its weight, a number or the name of a setting}. What is not listed is not computed.
 # To add a method, write its new terms above and its line here. A method with a term besides ce and
-# ptwd is given x^, and its epoch is chosen by (hull, clean). Two methods also get something by their
-# name: "rift-marginal" one pair of projections, "adv-mixout" the weights of mixout().
+# ptwd is given x^, and its epoch is chosen by (hull, clean). Two methods also get something by
+# their name: "rift-marginal" one pair of projections, "adv-mixout" the weights of mixout().
 METHODS = {
     "standard": {ce: 1},
     "adv": {ce: 1, kl: "beta"},                             # L_task

@@ -191,9 +191,9 @@ def held_out_info(model, S, T, y, N, tau):
     """{"dev_info": L_info of held-out texts, "info_n": how many it compares}.
 
     S, T: (n, H), features of adversarial and of clean texts; y: (n,); N: texts of a class in a
-    group, as many as in a (micro-)batch, or fewer if there are not so many. log(info_n) - dev_info is the bound on
-    I(S;T|Y), with a marginal model on I(S;T). On training pairs it would say nothing: g and h learn
-    them by heart.
+    group, as many as in a (micro-)batch, or fewer if there are not so many. log(info_n) - dev_info
+    is the bound on I(S;T|Y), with a marginal model on I(S;T). On training pairs it would say
+    nothing: g and h learn them by heart.
     """
     by_class = [(y == c).nonzero().squeeze(1) for c in y.unique()]
     fewest = min(map(len, by_class))
