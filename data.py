@@ -531,7 +531,7 @@ def read_folder(path):
     tabs and no line breaks, and there is no quoting.
     """
     headers, labels, splits = ["label\ttext", "label\ttext\ttext2"], None, {}
-    spelling = {}  # label in lower case, or as a number if it is one -> how it is written
+    spelling = {}  # label, in lower case or as a number -> how it was written first, with its spaces
     for split in ("train", "dev", "test") if (path / "dev.tsv").exists() else ("train", "test"):
         where = path / f"{split}.tsv"
         header, *lines = text_of(where).replace("\r\n", "\n").removesuffix("\n").split("\n")
@@ -551,15 +551,14 @@ def read_folder(path):
                 if field[:1] == field[-1:] == '"' and '""' in field[1:-1]:
                     raise InputError(f"{at}: {field[:80]!r} is quoted, wanted the text as it is; "
                                      f"write the file with quoting=csv.QUOTE_NONE")
-            same = label.lower()
             with suppress(ValueError):
-                same = float(label)  # "1" and "1.0" are one label
-            first = spelling.setdefault(same, label)
-            if label != first:
-                raise InputError(f"{at}: label {label!r} and, further up, {first!r}: wanted one "
+                label = float(label)  # so that "1" and "1.0" are compared as one label
+            first = spelling.setdefault(str(label).lower(), row[0])
+            if row[0] != first:
+                raise InputError(f"{at}: label {row[0]!r} and, further up, {first!r}: wanted one "
                                  f"spelling for one class")
-            if label not in labels:
-                raise InputError(f"{at}: label {label!r} does not occur in train.tsv")
+            if row[0].strip() not in labels:
+                raise InputError(f"{at}: label {row[0]!r} does not occur in train.tsv")
         if len(labels) < 2:
             raise InputError(f"{where}: only one class, {labels[0]!r}; wanted at least 2")
         splits[split] = [(tuple(texts), labels.index(label.strip())) for label, *texts in rows]

@@ -559,8 +559,8 @@ def evaluate(folder, plan, args):
     data.write_json(eval_path, record)      # first the settings, then the lines made with them
 
     texts = {i: data.to_text(victim.vocabulary.visible(x.words)) for i, x in plan.chosen.items()}
-    predictions = victim(list(texts.values())).argmax(1)                        # (N,)
-    clean = predictions == [x.y for x in plan.chosen.values()]                  # (N,)
+    P = attacks.check_probabilities(victim(list(texts.values())), len(texts))   # (N, C)
+    clean = P.argmax(1) == [x.y for x in plan.chosen.values()]                  # (N,)
     attacked = [i for i, right in zip(texts, clean) if right]
     record["clean"] = float(clean.mean())
     found = Evaluation(str(folder), s, config["labels"], {"clean": clean}, {}, settings)
@@ -574,7 +574,7 @@ def evaluate(folder, plan, args):
                     lines[result.index] = {key: getattr(result, key) for key in LINE_KEYS}
                     file.write(json.dumps(lines[result.index]).encode() + b"\n")
         found.lines[name] = [lines[i] for i in attacked]
-        # not "without success": in bf16 another batch can turn a text that was right by a hair
+        # by the last prediction: in bf16 a text right by a hair may be wrong in another batch
         survived = {i for i in attacked if lines[i]["prediction"] == lines[i]["label"]}
         found.robust[name] = np.array([i in survived for i in texts])
         record[name] = float(found.robust[name].mean())

@@ -143,12 +143,12 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
 
 
 def slices(y, size):
-    """A list of index arrays: a batch in class-balanced slices of at most `size` texts.
+    """A list of index arrays: a batch in class-balanced slices of about `size` texts.
 
     y: (B,) int64, every class equally often. The gradients of the slices add up to one step. L_info
     compares the texts of one slice, so that its N is the slice's, not the batch's. The slices are
-    about equal and have at least 2 texts of each class, even if that is more than `size`: the
-    L_info of a single text would be 0.
+    equal to within a text of each class, and no larger than `size` unless they would have fewer
+    than 2 of each class: the L_info of a single text is 0.
     """
     rows = torch.stack([(y == c).nonzero().squeeze(1) for c in y.unique()])         # (C, N)
     C, N = rows.shape

@@ -385,7 +385,7 @@ def test_damaged_archives_are_refused_wherever_they_are_cut(tmp_path, read, arch
             read(path)
 
 
-GOOD = "label\ttext\na\tp\n a \tq\nb\tr\nb\ts\na\tt\nb\tu\n"
+GOOD = "label\ttext\na\tp\na\tq\nb\tr\nb\ts\na\tt\nb\tu\n"
 PAIR = '{"gold_label": "-", "sentence1": "", "sentence2": ""}\n'
 
 
@@ -394,6 +394,7 @@ PAIR = '{"gold_label": "-", "sentence1": "", "sentence2": ""}\n'
     ("train.tsv", GOOD + "a\n", r"train.tsv, line 8: \['a'\] has 1 columns, wanted 'label\\ttext'"),
     ("train.tsv", GOOD + " \tx\n", "line 8: .*has no label"),
     ("train.tsv", GOOD + "a\t\"He said \"\"great\"\" film\"\n", "line 8: .*is quoted.*QUOTE_NONE"),
+    ("train.tsv", GOOD + "a \tx\n", "line 8: label 'a ' and, further up, 'a': wanted one spelling"),
     ("train.tsv", GOOD + "A\tx\n", "line 8: label 'A' and, further up, 'a': wanted one spelling"),
     ("train.tsv", "label\ttext\n1\tx\n0\ty\n1.0\tz\n", "line 4: label '1.0' and, further up, '1'"),
     ("train.tsv", "label\ttext\na\tx\na\ty\n", "train.tsv: only one class, 'a'"),

@@ -1,9 +1,9 @@
 """Training, from a command line to a run's folder (train.py).
 
 A step is Algorithm 1 as one would write it down. Every method trains BERT and RoBERTa on texts and
-on pairs, two classes and three, and leaves a run that loads again. A run that was stopped ends like
-the one that was not, bit for bit. The epoch is chosen on dev. What was forgotten is measured on
-held-out texts. A step that is not finite changes no weight.
+on pairs, two classes and three, and leaves a run that loads again to the same predictions. A run
+that was stopped ends like the one that was not, bit for bit. The epoch is chosen on dev. What was
+forgotten is measured on held-out texts. A step that is not finite changes no weight.
 """
 import itertools
 import json
@@ -196,6 +196,8 @@ def test_gradients_of_slices_add_up(task, bert, tmp_path):
     whole, slices = tmp_path / "whole" / "standard", tmp_path / "slices" / "standard"
     assert same_weights(whole, slices, atol=1e-4)
     assert log_of(whole)[0]["ce"] == pytest.approx(log_of(slices)[0]["ce"], rel=1e-4)
+    y = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    assert [y[part].tolist() for part in train.slices(y, 4)] == [[0, 0, 1, 1]] * 2
 
 
 @pytest.mark.parametrize("C, N, size", [(2, 4, 4), (2, 16, 10), (3, 40, 40), (3, 5, 4), (2, 1, 4)])
@@ -261,8 +263,12 @@ def test_every_method_trains_and_its_run_loads(plain_words, model_folder, tmp_pa
         assert files == {"config.json", "encoder", "log.jsonl", "metrics.json", "model.safetensors",
                          "neighbors.json"}
         assert transformers.AutoModel.from_pretrained(folder / "encoder").config.hidden_size == 16
-        P = eval.load_run(folder)([text, text])
+        victim = eval.load_run(folder)
+        P = victim([text, text])
         assert P.shape == (2, len(labels)) and np.allclose(P.sum(1), 1, atol=1e-5)
+        test = eval.open_task(eval.settings_of(folder)[0]).test
+        predictions = victim([data.to_text(x.words) for x in test]).argmax(-1)
+        assert eval.accuracy(test, predictions) == metrics["clean"]     # what was measured is saved
 
 
 def test_several_methods_and_seeds_see_the_same_texts(plain_words, bert, tmp_path, monkeypatch):
