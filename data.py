@@ -531,7 +531,7 @@ def read_folder(path):
     tabs and no line breaks, and there is no quoting.
     """
     headers, labels, splits = ["label\ttext", "label\ttext\ttext2"], None, {}
-    spelling = {}  # label, in lower case or as a number -> how it was written first, with its spaces
+    spelling = {}  # label, in lower case or as a number -> as it was written first, spaces and all
     for split in ("train", "dev", "test") if (path / "dev.tsv").exists() else ("train", "test"):
         where = path / f"{split}.tsv"
         header, *lines = text_of(where).replace("\r\n", "\n").removesuffix("\n").split("\n")
