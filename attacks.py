@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # ---- The attacks ---------------------------------------------------------------------------------
 # words: tuple of n str, the text that may change; y: int, its class; synonyms: n lists of str.
-# At least one position has synonyms: `attack` does not attack the other texts.
+# At least one position has synonyms: `attack` skips texts without any.
 
 
 def replace(words, i, word):
@@ -170,11 +170,12 @@ def attack(victim, examples, method, synonyms, *, seed=0, batch_size=64, in_flig
                  attack that wants one more is stopped; then the example has survived, unchanged.
     name:        Result.attack, by default the method's own name
 
-    Each example has its own random stream, seeded with (seed, index): a result depends neither on
-    batch_size nor on the other examples. Raises ValueError when a number above is less than 1, the
-    victim's output is not a probability per class, its labels are not one per class, y is not one
-    of its classes, or a text does not get a list of synonyms for each word. Warns if no word of any
-    text could change.
+    Each example has its own random stream, seeded with (seed, index): if the victim's answer for a
+    text does not depend on the batch, the result depends neither on batch_size nor on the other
+    examples. Raises ValueError when batch_size, in_flight, max_words or max_queries is less than 1,
+    the victim's output is not a probability per class, its labels are not one per class, y is not
+    one of its classes, or a text does not get a list of synonyms for each word. Warns if no word of
+    any text could change.
     """
     limits = batch_size, in_flight, max_words, max_queries
     if any(limit is not None and limit < 1 for limit in limits):

@@ -216,8 +216,8 @@ def locate(name, data_dir=None):
 
 def download(url, path, md5=None, tries=4, pause=1.0, timeout=30.0):
     """Fetches url to path. A download that fails starts again, `tries` times in all, after pause,
-    2 pause, 4 pause .. seconds; timeout: seconds without an answer. The error says where to put the
-    file by hand."""
+    2 pause, 4 pause .. seconds; timeout: seconds to wait for an answer. The error says where to put
+    a file that was downloaded by hand."""
     request = urllib.request.Request(url, headers={"User-Agent": "rift"})
     with replacing(Path(path)) as tmp:
         for attempt in range(tries):
@@ -246,8 +246,8 @@ def download(url, path, md5=None, tries=4, pause=1.0, timeout=30.0):
 
 
 def unpack(path):
-    """Unpacks a .tar.gz or .zip once and returns its folder in the cache; any other path as it is.
-    The folder is private to the user, as NLTK demands. Links and devices are left out."""
+    """Unpacks a .tar.gz or .zip once and returns its folder in the cache; returns any other path
+    unchanged. Links and devices are left out. The folder is private, as NLTK demands."""
     def plain(member, folder):
         return tarfile.data_filter(member, folder) if member.isfile() or member.isdir() else None
 
@@ -462,8 +462,8 @@ def balanced(pools, size, labels, where):
     n = size // len(pools)
     fewest, label = min(zip(map(len, pools), labels))
     if not 1 <= n <= fewest:
-        raise InputError(f"{where}: {size} examples are {n} of each class, wanted 1 to {fewest} "
-                         f"(class {label!r} has no more)")
+        raise InputError(f"{where}: {size} examples would be {n} of each class, wanted 1 to "
+                         f"{fewest} (class {label!r} has no more)")
     return [pool[-n:] for pool in pools]
 
 
@@ -555,7 +555,7 @@ def read_folder(path):
                 label = float(label)  # so that "1" and "1.0" are compared as one label
             first = spelling.setdefault(str(label).lower(), row[0])
             if row[0] != first:
-                raise InputError(f"{at}: label {row[0]!r} and, further up, {first!r}: wanted one "
+                raise InputError(f"{at}: label {row[0]!r} is {first!r} further up: wanted one "
                                  f"spelling for one class")
             if row[0].strip() not in labels:
                 raise InputError(f"{at}: label {row[0]!r} does not occur in train.tsv")
@@ -859,7 +859,7 @@ def balanced_batches(y, lengths, batch_size, rng, window=50):
         columns.append(parts + [shuffled[full * per : full * per + rest]] * (rest >= 2))
     batches = list(zip(*columns))
     order = rng.permutation(len(batches))
-    # train.share() leaves out the last texts of a class; shuffled, these are not always the longest
+    # shuffled, because train.share() leaves out the last texts of a class: not always the longest
     return [np.concatenate([rng.permutation(part) for part in batches[i]]) for i in order]
 
 

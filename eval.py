@@ -84,7 +84,7 @@ def pick_device(name=None):
         return device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not on this machine ({first_line(error)[:80]}); "
-                         "cpu always is") from None
+                         "cpu always works") from None
 
 
 def pick_precision(name, device):
@@ -116,7 +116,7 @@ def model_folder(name):
                 return folder
         except Exception as error:          # not cached; or the network, which fails in many ways
             problem = first_line(error)
-    raise InputError(f"model {name}: neither a folder nor a model that the hub gives ({problem})")
+    raise InputError(f"model {name}: neither a folder nor a model on the hub ({problem})")
 
 
 def load_encoder(name_or_dir, max_len=0, complete=False):
@@ -238,7 +238,7 @@ class Victim:
         return self.probabilities(self.features([self.words(text) for text in texts]))
 
     def key(self, text):
-        """What the model sees of a text: its token ids, as bytes. Texts of one key are one text."""
+        """What the model sees of a text: its token ids, as bytes. Equal keys are sent once."""
         return np.array(self.vocabulary.input_ids(self.words(text)), np.int32).tobytes()
 
     def visible(self, text):
@@ -254,8 +254,8 @@ def settings_of(folder):
     path = Path(folder) / "config.json"
     if not path.exists():
         runs = [run for run in Path(folder).glob("*/config.json") if run.parent.name != "encoder"]
-        raise InputError(f"{folder}: no run of train.py, it has no config.json"
-                         + f"; the runs are in it: {folder}/*" * bool(runs))
+        raise InputError(f"{folder}: not a run of train.py, it has no config.json"
+                         + f"; the runs in it are {folder}/*" * bool(runs))
     config = data.read_json(path)
     if not {"settings", "labels", "fingerprints", "parts"} <= config.keys():
         raise InputError(f"{path}: not a run of this project, or damaged")
@@ -330,7 +330,7 @@ def search_settings(s):
 
 
 def hull_attack(victim, examples, *, seed=0, bar=None, **search):
-    """Attacks by the adversary in the hull, which here knows the label, then picks words.
+    """Attacks with the adversary in the hull, which here knows the label, and makes x^ a text.
 
     examples: N data.Example; each starts from its own noise, seeded with (seed, its place in the
     list), so that in fp32 the texts found do not depend on the batches. search: see
@@ -526,9 +526,9 @@ def run_attack(name, settings, victim, table, plan, texts, pending, args):
 def evaluate(folder, plan, args):
     """The Evaluation of one run: clean accuracy and every attack asked for, on the chosen texts.
 
-    Writes eval.json, attacks.jsonl and, for the test split, the accuracy under each attack into
-    metrics.json. Texts that attacks.jsonl already has are not attacked again. Raises InputError if
-    they were attacked with other settings or other weights.
+    Writes eval.json, attacks.jsonl and, for the test split, the accuracy under each attack but hull
+    into metrics.json. Texts that attacks.jsonl already has are not attacked again. Raises
+    InputError if they were attacked with other settings or other weights.
     """
     s, config = settings_of(folder)
     table = open_table(s, plan.task, args.neighbors, args.data_dir) if args.neighbors else None
@@ -1009,21 +1009,24 @@ def parse(argv):
     flag("--num-examples", type=positive, default=300, metavar="N",
          help="texts to attack; paper: 1000, authors' code: 300")
     flag("--split", choices=("test", "dev"), default="test", help="dev to choose, test to report")
-    flag("--population", type=number(int, 2), default=60, metavar="N", help="of the genetic attack")
-    flag("--generations", type=positive, default=40, metavar="N", help="of the genetic attack")
+    flag("--population", type=number(int, 2), default=60, metavar="N",
+         help="texts in a generation of the genetic attack")
+    flag("--generations", type=positive, default=40, metavar="N",
+         help="generations of the genetic attack")
     flag("--lm-constraint", metavar="SOURCE", help="judges which synonyms the genetic attack may "
          "use: none, scores (the published file, which knows only some texts) or a causal language "
          "model's name or folder; None: scores for imdb and snli, else none")
     flag("--max-queries", type=positive, metavar="N", help="texts that are sent for "
          "one example at most; one that would need more survives")
     flag("--seed", type=number(int, 0), default=0, metavar="S",
-         help="of the choice of texts and of the attacks")
+         help="chooses the texts and drives the attacks")
     flag("--batch-size", type=positive, default=64, metavar="N", help="texts in a forward pass")
     flag("--data-dir", metavar="DIR", help="where archives and tables are; None: as the run had it")
     flag("--neighbors", metavar="FILE", help="substitution table: vectors (.txt, .zip), a table "
          "(.json) or wordnet; None: the run's own")
     flag("--device", metavar="NAME", help="cpu, cuda:0, ..; None: a GPU if there is one")
-    flag("--precision", choices=("auto", "fp32", "bf16"), help="of the encoder; None: the run's")
+    flag("--precision", choices=("auto", "fp32", "bf16"),
+         help="number format of the encoder; None: the run's")
     flag("--overwrite", action="store_true",
          help="forget earlier attacks on these runs and this split")
     flag("--show", type=number(int, 0), default=2, metavar="N",

@@ -61,8 +61,8 @@ def features(encoder, e, attention_mask, pooling="pooler"):
     encoder: a Hugging Face BertModel or RobertaModel; e: (B, L, H), from embed() or mix();
     attention_mask: (B, L) int64; pooling: "pooler" (the encoder's own, reads the first token) or
     "mean" over the text's tokens, special tokens included. Returns (B, H) float32, also where the
-    layers compute in bf16. The layers are called one by one, because the pooler needs only the
-    first token of the last one. Raises ValueError for another pooling, and for an encoder in
+    layers compute in bf16. The layers are called one by one, so that for the pooler the last
+    one computes only the first token. Raises ValueError for another pooling, and for an encoder in
     training mode with gradient checkpointing on, which would not work here.
     """
     if pooling not in ("pooler", "mean"):
@@ -123,7 +123,7 @@ def stand_in(module, tensors):
     """In a `with` block, the module computes with these tensors in place of its parameters.
 
     tensors: {parameter name: tensor}; gradients flow through them to what they were computed from.
-    Used for weights in bf16 (cast once a step), for weights without gradient, and for mixout.
+    Used for weights in bf16 (cast once for search and loss), without gradient, and for mixout.
     """
     owners = {name: module.get_submodule(name.rpartition(".")[0])._parameters for name in tensors}
     own = {name: owner[name.rpartition(".")[2]] for name, owner in owners.items()}
@@ -232,7 +232,7 @@ def adversary(encoder, head, input_ids, attention_mask, subs, subs_mask, v, y=No
     """x^: the worst point of the hull, for training and for the quick robust accuracy.
 
     Without y, the self-supervised adversary of training: argmax KL( q(.|F_s(x)) || q(.|F_s(x')) ),
-    which starts from the model's own prediction. With y (B,) int64: argmax -log q(y|F_s(x')).
+    which compares with the model's own prediction. With y (B,) int64: argmax -log q(y|F_s(x')).
     head: (B, H) -> (B, C) logits; v: (B, L, K), the start, see noise(); the rest as in hull(),
     features() and search_hull(). Dropout is off and no parameter gets a gradient during the search.
     Returns w (B, L, K) float32, rows on the simplex, without a gradient.
@@ -301,7 +301,7 @@ def L_info(S, T, y, g, h, tau=0.2):
         L_info = mean over c of info_nce( g_c(S), h_c(T) ) over the N texts of class c in the batch
 
     S: (B, H), features of adversarial texts; T: (B, H), of the clean ones; y: (B,) int64; g, h: one
-    projection for each class. A class that the batch lacks adds nothing. The marginal form, a bound
+    projection for each class. The mean is over the classes in the batch. The marginal form, a bound
     on I(S;T), is the same with one pair of projections and every y equal to 0. Returns a scalar in
     nats. Raises ValueError for a label without projections.
     """
@@ -511,8 +511,8 @@ def ptwd(o):
 
 # method: {term: its weight, a number or the name of a setting}. What is not listed is not computed.
 # To add a method, write its new terms above and its line here. A method with a term besides ce and
-# ptwd is given x^, and its epoch is chosen by (hull, clean). Two methods also get something by
-# their name: "rift-marginal" one pair of projections, "adv-mixout" the weights of mixout().
+# ptwd is given x^, and its epoch is chosen by (hull, clean). Two names are special: "rift-marginal"
+# has one pair of projections, the encoder of "adv-mixout" computes with mixout().
 METHODS = {
     "standard": {ce: 1},
     "adv": {ce: 1, kl: "beta"},                             # L_task

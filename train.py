@@ -334,7 +334,7 @@ def share(rows, y, rank, world):
     N = len(parts[0]) // world
     if N == 0:
         raise InputError(f"--batch-size: each of {world} processes needs a text of every class, "
-                         f"but a batch has {len(parts[0])}")
+                         f"but a batch has only {len(parts[0])} of each")
     return np.concatenate([part[:N * world][rank::world] for part in parts])
 
 
@@ -456,8 +456,9 @@ def parse(argv):
     p = argparse.ArgumentParser(
         prog="train.py", usage=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Fine-tune BERT or RoBERTa with RIFT. Defaults are the paper's for the task "
-        "that is named. Downloads and what is computed once go to ~/.cache/rift or $RIFT_CACHE.")
+        description="Fine-tune BERT or RoBERTa with RIFT. Defaults are those of the paper and its "
+        "code for the task. Downloads and what is computed once go to ~/.cache/rift or "
+        "$RIFT_CACHE, encoders to Hugging Face's cache.")
     flag = p.add_argument
     run_options = {"method", "seeds", "out", "resume", "overwrite"}
     flag("--task", default="toy", metavar="TASK",
@@ -465,7 +466,7 @@ def parse(argv):
     flag("--method", nargs="+", choices=rift.METHODS, metavar="NAME",
          help=f"one or more of {', '.join(rift.METHODS)}; they train one after another")
     flag("--seeds", nargs="+", type=number(int, 0, 2**32 - 1), default=[0], metavar="S",
-         help="of heads, batches, dropout and the adversary's noise; a run for each")
+         help="one run for each; it seeds heads, batches, dropout and the adversary's noise")
     flag("--model", metavar="NAME_OR_DIR",
          help="a BERT or RoBERTa encoder, on the hub or in a folder")
     flag("--pooling", choices=("pooler", "mean"), help="S and T: the encoder's pooler, or the mean "
@@ -474,34 +475,38 @@ def parse(argv):
          help="a word outside the vocabulary becomes its first piece, or [UNK] (authors' code)")
     flag("--device", metavar="NAME", help="cpu, cuda:0, ..; None: a GPU if there is one")
     flag("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-         help="of the encoder, losses are always fp32; auto: bf16 on GPUs that have it")
+         help="format of the encoder's numbers (losses: fp32); auto: bf16 on GPUs that have it")
     flag("--data-dir", metavar="DIR", help="where archives, tables and NLTK data are looked for "
          "first; None: the cache")
     flag("--neighbors", metavar="FILE", help="substitution table: vectors (.txt, .zip), a table "
          "(.json) or wordnet; None: the counter-fitted vectors (toy: its own)")
-    flag("--train-size", type=positive, metavar="N", help="a class-balanced subset; None: all")
-    flag("--dev-size", type=positive, metavar="N", help="texts that choose the epoch; None: all of "
-         "dev, without any a tenth of train, at most 1000")
-    flag("--test-size", type=positive, metavar="N", help="a class-balanced subset; None: all")
+    flag("--train-size", type=positive, metavar="N",
+         help="training texts to use, equally many of each class; None: all")
+    flag("--dev-size", type=positive, metavar="N", help="dev texts, which choose the epoch; None: "
+         "all, or where there is no dev set a tenth of train, at most 1000")
+    flag("--test-size", type=positive, metavar="N",
+         help="test texts to use, equally many of each class; None: all")
     flag("--split-seed", type=number(int, 0), default=0, metavar="S",
-         help="of the subsets: the same for every method and seed")
+         help="chooses the subsets, the same for every method and seed")
     flag("--max-len", type=number(int, 4), metavar="L",
          help="longest input, special tokens included")
     flag("--epochs", type=positive, metavar="N", help="passes over the smallest class")
     flag("--batch-size", type=number(int, 4), metavar="B",
          help="texts in a step; rounded down to a multiple of the number of classes")
     flag("--micro-batch-size", type=number(int, 4), metavar="B",
-         help="texts in a forward pass, whose gradients add up to the batch; L_info compares "
-         "within these; None: the batch")
+         help="texts in a forward pass; their gradients add up to the batch's, but L_info "
+         "compares only these; None: the batch")
     flag("--eval-batch-size", type=positive, default=64, metavar="B",
          help="texts in a forward pass of evaluation")
-    flag("--lr", type=number(float, 0, above=True), metavar="X", help="AdamW's, after the warm-up")
+    flag("--lr", type=number(float, 0, above=True), metavar="X",
+         help="learning rate of AdamW after the warm-up")
     flag("--schedule", type=number(float, 0), nargs="+", metavar="F",
-         help="factors of lr in the first epochs; the last one stays. None: 0.1 0.55 1, of which "
-         "those below 1 take at most a third of the epochs")
+         help="factors of lr in the first epochs; the last one holds from then on. None: 0.1 0.55 "
+         "1, shortened where the warm-up would take more than a third of the epochs")
     flag("--weight-decay", type=number(float, 0), default=2e-4, metavar="X",
-         help="AdamW's, on head and projections; the encoder has none")
-    flag("--adam-eps", type=number(float, 0, above=True), default=1e-6, metavar="X", help="AdamW's")
+         help="weight decay of AdamW on head and projections; the encoder has none")
+    flag("--adam-eps", type=number(float, 0, above=True), default=1e-6, metavar="X",
+         help="epsilon of AdamW")
     flag("--alpha", type=number(float, 0), metavar="X", help="weight of L_info")
     flag("--beta", type=number(float, 0), metavar="X", help="weight of KL")
     flag("--tau", type=number(float, 0, above=True), default=0.2, metavar="X",

@@ -315,8 +315,8 @@ def test_a_given_dev_split_pairs_bom_crlf_and_spaces_around_labels_are_read(tmp_
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(train_size=1000), "train: 1000 examples are 500 of each class, wanted 1 to 8 .class 'a'"),
-    (dict(test_size=1), "test: 1 examples are 0 of each class, wanted 1 to"),
+    (dict(train_size=1000), "train: 1000 examples would be 500 of each class, wanted 1 to 8"),
+    (dict(test_size=1), "test: 1 examples would be 0 of each class, wanted 1 to"),
     (dict(train_size=2), "has 1 training examples"), (dict(split_seed=-1), "split seed -1"),
     (dict(task="imbd"), "unknown task 'imbd'"),
     (dict(task="toy", test_size=1), "toy: test: 1 texts, wanted at least 2"),
@@ -394,9 +394,9 @@ PAIR = '{"gold_label": "-", "sentence1": "", "sentence2": ""}\n'
     ("train.tsv", GOOD + "a\n", r"train.tsv, line 8: \['a'\] has 1 columns, wanted 'label\\ttext'"),
     ("train.tsv", GOOD + " \tx\n", "line 8: .*has no label"),
     ("train.tsv", GOOD + "a\t\"He said \"\"great\"\" film\"\n", "line 8: .*is quoted.*QUOTE_NONE"),
-    ("train.tsv", GOOD + "a \tx\n", "line 8: label 'a ' and, further up, 'a': wanted one spelling"),
-    ("train.tsv", GOOD + "A\tx\n", "line 8: label 'A' and, further up, 'a': wanted one spelling"),
-    ("train.tsv", "label\ttext\n1\tx\n0\ty\n1.0\tz\n", "line 4: label '1.0' and, further up, '1'"),
+    ("train.tsv", GOOD + "a \tx\n", "line 8: label 'a ' is 'a' further up: wanted one spelling"),
+    ("train.tsv", GOOD + "A\tx\n", "line 8: label 'A' is 'a' further up: wanted one spelling"),
+    ("train.tsv", "label\ttext\n1\tx\n0\ty\n1.0\tz\n", "line 4: label '1.0' is '1' further up"),
     ("train.tsv", "label\ttext\na\tx\na\ty\n", "train.tsv: only one class, 'a'"),
     ("train.tsv", b"label\ttext\na\tx\na\t\xff\n", "train.tsv, line 3: not UTF-8 .byte 0xff"),
     ("dev.tsv", GOOD + "c\tx\n", "dev.tsv, line 8: label 'c' does not occur in train.tsv"),

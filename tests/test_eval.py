@@ -716,7 +716,7 @@ def test_a_cached_model_needs_no_network(hub, model_folder):
 @pytest.mark.parametrize("name, missing, message", [
     ("some/model", ["*.safetensors"], "cannot be loaded"),
     ("some/model", ["tokenizer.json", "vocab*", "merges*"], "tokenizer"),
-    ("some/other", [], "neither a folder nor a model that the hub gives .Network is unreachable."),
+    ("some/other", [], "neither a folder nor a model on the hub .Network is unreachable."),
     ("./nowhere", [], "no such folder"), ("a/b/c", [], "no such folder")])
 def test_a_model_that_is_not_there_is_one_line(hub, name, missing, message):
     """Only what may be on the hub is asked for, also what is cached in part."""

@@ -260,7 +260,7 @@ BAD_EVAL = [
     ({}, [*GENETIC, "bert"], "--lm-constraint bert: neither none, scores nor a causal lang"),
     ({}, ["--plot", "figure.docx"], "figure.docx: Format 'docx' is not supported"),
     ({}, ["--plot", "figure.png", "--plot-attack", "genetic"], "on test was without genetic"),
-    ({RUN: None}, [], f"{RUN}: no run of train.py, it has no config.json"),
+    ({RUN: None}, [], f"{RUN}: not a run of train.py, it has no config.json"),
     ({CONFIG: "{}"}, [], f"{CONFIG}: not a run of this project, or damaged"),
     ({CONFIG: changed("settings", max_len=512)}, [], "positions for 34 tokens, --max-len is 512"),
     ({CONFIG: changed("settings", train_size=8)}, [], f"{RUN}: was trained on other data than is"),
