@@ -183,16 +183,15 @@ def cache_dir():
     return Path(os.environ.get("RIFT_CACHE") or "~/.cache/rift").expanduser().absolute()
 
 
-def cached(name, compute, again):
-    """The value of compute(), JSON-able, read from the file `name` of the cache if it is there.
-    again: a verb, such as "tokenize", for the message that the cache cannot be written."""
+def cached(name, compute):
+    """The value of compute(), JSON-able, read from the file `name` of the cache if it is there."""
     with suppress(OSError, ValueError):  # not there yet, or damaged
         return json.loads((cache_dir() / name).read_bytes())
     value = compute()
     try:
         write_atomically(cache_dir() / name, json.dumps(value))
     except InputError as error:
-        print(f"{error}; the next start will {again} again", file=sys.stderr)
+        print(f"{error}; the next start computes it again", file=sys.stderr)
     return value
 
 
@@ -333,7 +332,7 @@ def tokenize(texts):
         return [" ".join(words_of(text)) for text in tqdm(cleaned, "words", delay=2, disable=None)]
 
     key = fingerprint([nltk.__version__, cleaned])
-    lines = cached(f"words-{key[:32]}.json", compute, "tokenize")
+    lines = cached(f"words-{key[:32]}.json", compute)
     # a word is one object, however often it occurs
     return {text: tuple(map(sys.intern, line.split())) for text, line in zip(texts, lines)}
 
@@ -659,7 +658,7 @@ def wordnet_neighbors(words):
         return table
 
     key = fingerprint([wordnet.get_version(), sorted(CLOSED_CLASS), words])
-    return cached(f"wordnet-{key[:32]}.json", compute, "look up the synonyms")
+    return cached(f"wordnet-{key[:32]}.json", compute)
 
 
 def vector_neighbors(path, counts, k=8, max_sq_dist=0.5, vocabulary=50_000, skip=27):
@@ -695,7 +694,7 @@ def vector_neighbors(path, counts, k=8, max_sq_dist=0.5, vocabulary=50_000, skip
 
     with reading(path):
         key = fingerprint([fingerprint(path.read_bytes()), k, max_sq_dist, skip, ranked])
-    return cached(f"neighbors-{key[:32]}.json", compute, "search the neighbours")
+    return cached(f"neighbors-{key[:32]}.json", compute)
 
 
 def read_vectors(path, wanted):

@@ -21,11 +21,13 @@ import argparse
 import csv
 import dataclasses
 import functools
+import importlib.util
 import inspect
 import io
 import itertools
 import json
 import math
+import os
 import shlex
 import sys
 import textwrap
@@ -246,10 +248,10 @@ class Victim:
         return len(self.vocabulary.visible(self.words(text))[-1])
 
 
-def settings_of(folder):
+def settings_of(folder, finished=True):
     """(settings, config): a run's settings as attributes, and all of its config.json, a dict.
 
-    Raises InputError for a folder that holds no run.
+    Raises InputError for a folder without a run, or with one that is not `finished`.
     """
     path = Path(folder) / "config.json"
     if not path.exists():
@@ -259,6 +261,8 @@ def settings_of(folder):
     config = data.read_json(path)
     if not {"settings", "labels", "fingerprints", "parts"} <= config.keys():
         raise InputError(f"{path}: not a run of this project, or damaged")
+    if finished and not (Path(folder) / "metrics.json").exists():
+        raise InputError(f"{folder}: the run is not finished; train.py --resume goes on with it")
     return SimpleNamespace(**config["settings"]), config
 
 
@@ -271,8 +275,6 @@ def load_run(folder, device=None, precision=None, batch_size=64, table=None):
     """
     folder = Path(folder)
     s, config = settings_of(folder)
-    if not (folder / "metrics.json").exists():
-        raise InputError(f"{folder}: the run is not finished; train.py --resume goes on with it")
     if not (folder / "encoder").is_dir():
         raise InputError(f"{folder / 'encoder'}: no such folder: not a finished run, or damaged")
     encoder, tokenizer = load_encoder(folder / "encoder", s.max_len, complete=True)
@@ -369,8 +371,9 @@ def accuracy(examples, *predictions):
     return float(np.mean(np.all([p == y for p in predictions], axis=0)))
 
 
-def wilson(successes, n, z=1.96):
+def wilson(successes, n):
     """Wilson's 95% interval of a proportion, (low, high) (Wilson 1927)."""
+    z = 1.96
     p, z2n = successes / n, z * z / n
     centre, spread = p + z2n / 2, z * math.sqrt(p * (1 - p) / n + z2n / (4 * n))
     return max((centre - spread) / (1 + z2n), 0.0), min((centre + spread) / (1 + z2n), 1.0)
@@ -545,7 +548,9 @@ def evaluate(folder, plan, args):
     own = {name: attack_settings(name, s, args) for name in args.attacks}
     for name in args.attacks:
         settings[name] = settings["clean"] | own[name] | {
-            "neighbors": data.fingerprint(tables[name]), "max_queries": args.max_queries}
+            "neighbors": data.fingerprint(tables[name])}
+        if name != "hull":
+            settings[name]["max_queries"] = args.max_queries
         if name == "genetic":
             settings[name]["lm_constraint"] = constraint(s, args)
 
@@ -571,6 +576,9 @@ def evaluate(folder, plan, args):
             with data.writing(lines_path), open(lines_path, "ab", buffering=0) as file:
                 for result in run_attack(name, own[name], victim, tables[name], plan, texts,
                                          pending, args):
+                    if os.fstat(file.fileno()).st_nlink == 0:
+                        raise InputError(f"{lines_path}: another eval.py has replaced it; "
+                                         "evaluate a run with one command at a time")
                     lines[result.index] = {key: getattr(result, key) for key in LINE_KEYS}
                     file.write(json.dumps(lines[result.index]).encode() + b"\n")
         found.lines[name] = [lines[i] for i in attacked]
@@ -643,7 +651,7 @@ def head_of(name, evaluations):
         keys = ["steps"] if name == "hull" else [
             key for key in settings if key in inspect.signature(ATTACKS[name]).parameters]
         keys += ["lm_constraint"] * ("lm_constraint" in settings)
-        keys += ["max_queries"] * (settings["max_queries"] is not None)
+        keys += ["max_queries"] * (settings.get("max_queries") is not None)
         heads.append(f"{name} ({', '.join(f'{key} {settings[key]}' for key in keys)})")
     return " / ".join(dict.fromkeys(heads)).replace("_", " ")
 
@@ -679,8 +687,9 @@ def by_settings(runs, *free):
     groups = {}
     for x in runs:
         own = {"seed", *INCIDENTAL, *free}
-        s = {key: value for key, value in vars(x.run).items() if key not in own}
-        groups.setdefault(json.dumps(s), (s, []))[1].append(x)
+        s = {key: value for key, value in vars(x.run).items()
+             if key not in own and value is not None}
+        groups.setdefault(json.dumps(s, sort_keys=True), (s, []))[1].append(x)
     named = {}
     for s, same in groups.values():
         others = [other for other, _ in groups.values() if other["method"] == s["method"]]
@@ -788,14 +797,19 @@ def tradeoffs(group, names):
         points = curves.setdefault(curve, {})
         for x in runs:
             points.setdefault(x.run.beta, []).append(x)
-    curves = {curve: points for curve, points in curves.items() if len(points) > 1}
+    curves = {curve: points for curve, points in curves.items()
+              if len(points) > 1 and curve.split()[0] != "standard"}
     for curve, name in itertools.product(curves, names):
         if curve != "adv" and "adv" in curves:
             gain = tradeoff_gain(curves["adv"], curves[curve], name)
             points = [*curves["adv"].values(), *curves[curve].values()]
             star = "*" if min(map(len, points)) == 1 else ""
+            ends, clean = ([right(runs, "clean").mean() for runs in curves[c].values()]
+                           for c in ("adv", curve))
+            beyond = sum(not min(ends) <= x <= max(ends) for x in clean)
             yield ("\n{} against adv at the same clean accuracy, {}, mean over beta: {:+.3f} "
-                   "[{:+.3f}, {:+.3f}]{}".format(curve, name, *gain, star))
+                   "[{:+.3f}, {:+.3f}]{} ({} of {} betas beyond the ends of adv's curve)"
+                   .format(curve, name, *gain, star, beyond, len(clean)))
 
 
 def marked(original, adversarial):
@@ -860,7 +874,8 @@ def read_finished(folder, attack, split):
     path = folder / ("eval.json" if split == "test" else f"eval-{split}.json")
     scores = data.read_json(path) if path.exists() else {}
     if attack not in scores and attack == "hull":
-        on_dev = {"clean": kept["dev_clean"], "hull": kept["dev_hull"]}
+        on_dev = {"clean": kept["dev_clean"], "hull": kept["dev_hull"],
+                  "num_examples": metrics.get("dev_examples")}
         scores = on_dev if split == "dev" else metrics
     if attack not in scores:
         raise InputError(f"{folder}: its last evaluation on {split} was without {attack}: first "
@@ -926,13 +941,9 @@ FORGETTING = {
     "weights: ||theta_s - theta_t||": lambda line: line["params_l2"],
     "share of T within classes that S predicts": lambda line: line["dev_retained"],
     "debiased CKA of S and T": lambda line: line["dev_cka"],
-    "log N - L_info, nats": lambda line: math.log(line["info_n"]) - line["dev_info"],
+    "log N - L_info, nats":                             # None for methods without L_info
+        lambda line: math.log(line["info_n"]) - line["dev_info"] if "info_n" in line else None,
 }
-
-
-def with_measure(runs, label):
-    """The runs whose log has a measure of FORGETTING: L_info is there only for methods with it."""
-    return [x for x in runs if "L_info" not in label or "info_n" in x.kept]
 
 
 def forgetting_table(runs):
@@ -941,7 +952,7 @@ def forgetting_table(runs):
     for name, same in by_settings(runs).items():
         rows.append([name, str(len(same))])
         for label, measure in FORGETTING.items():
-            values = [measure(x.kept) for x in with_measure(same, label)]
+            values = [measure(x.kept) for x in same if measure(x.kept) is not None]
             rows[-1].append(f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
                             if values else "-")
     return rows
@@ -951,12 +962,9 @@ def plot(folders, path, attack, split):
     """Draws what the runs of a task vary: accuracy over alpha, clean against robust accuracy over
     beta; where they vary neither, forgetting over the epochs. Prints a table of forgetting.
 
-    Raises InputError where matplotlib is missing or a run lacks what is drawn.
+    Raises InputError where a run lacks what is drawn.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+    from matplotlib.figure import Figure                # not at the top: matplotlib is optional
     tasks = {}
     for folder in folders:
         x = read_finished(folder, attack, split)
@@ -970,7 +978,8 @@ def plot(folders, path, attack, split):
         if any(len({s.beta for s in of[method]}) > 1 for method in of if method != "standard"):
             panels.append((draw_tradeoff, title, runs, {}))
         for label, measure in FORGETTING.items() if len(panels) == before else ():
-            having, more = with_measure(runs, label), dict(measure=measure, label=label)
+            having = [x for x in runs if measure(x.kept) is not None]
+            more = dict(measure=measure, label=label)
             panels += [(draw_forgetting, f"{task}, dev texts", having, more)] * bool(having)
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
@@ -1056,7 +1065,7 @@ def command(main):
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             return main(sys.argv[1:] if argv is None else argv)
-        except (InputError, OSError) as error:
+        except (InputError, OSError, torch.OutOfMemoryError) as error:
             print(f"{script}: error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt as stop:
@@ -1065,10 +1074,25 @@ def command(main):
     return wrapped
 
 
+def check_first(args):
+    """Raises InputError for what is cheap to check, before hours are spent on attacks."""
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        raise InputError("--plot needs matplotlib: pip install matplotlib")
+    seen = {}
+    for folder in args.runs:
+        s, _ = settings_of(folder)
+        own = {key: value for key, value in vars(s).items() if key not in INCIDENTAL}
+        twin = seen.setdefault(json.dumps(own, sort_keys=True), folder)
+        if twin != folder:
+            raise InputError(f"{folder}: has the settings and the seed of {twin}; give one of them "
+                             "(if the code differs, it is a new method in rift.METHODS)")
+
+
 @command
 def main(argv):
     """eval.py's command line."""
     args = parse(argv)
+    check_first(args)
     if args.attacks or not args.plot:
         plans, groups = {}, {}
         try:

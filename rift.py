@@ -324,8 +324,7 @@ def gather(x):
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.detach().contiguous())
-    if x.requires_grad:
-        x = x + (len(parts) - 1) * (x - x.detach())
+    x = x + (len(parts) - 1) * (x - x.detach())
     parts[dist.get_rank()] = x
     return torch.cat(parts)
 

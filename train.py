@@ -225,7 +225,8 @@ def finish(model, victim, task, s, folder, best_epoch):
     hull, _, _ = eval.hull_attack(victim, task.test, bar="test hull", **eval.search_settings(s))
     metrics = {"method": s.method, "task": task.name, "seed": s.seed, "best_epoch": best_epoch,
                "clean": eval.accuracy(task.test, clean),
-               "hull": eval.accuracy(task.test, clean, hull), "test_examples": len(task.test)}
+               "hull": eval.accuracy(task.test, clean, hull), "test_examples": len(task.test),
+               "dev_examples": len(task.dev)}
     parts = {name: p for name, p in trained(model).items() if not name.startswith("encoder.")}
     data.save_tensors(folder / "model.safetensors", parts)
     with data.replacing(folder / "encoder") as new:
@@ -291,7 +292,7 @@ def open_folder(folder, config, overwrite):
     """
     there = (folder / "config.json").exists() and not overwrite
     if there:
-        _, before = eval.settings_of(folder)
+        _, before = eval.settings_of(folder, finished=False)
         for part in ("settings", "fingerprints"):
             for key, value in config[part].items():
                 then = before[part].get(key)

@@ -262,6 +262,39 @@ def test_the_genetic_attack_stops_when_its_best_member_fools_the_model():
     assert words == ("a", "b")  # the first of equals
 
 
+def test_parents_are_drawn_by_their_fitness_and_a_fair_coin_picks_each_word():
+    class Recorder:
+        """A random generator that remembers what it drew, and with which probabilities."""
+        def __init__(self):
+            self.rng = np.random.default_rng(0)
+            self.integers = self.rng.integers
+
+        def choice(self, n, size, p):
+            self.p, self.parents = p, self.rng.choice(n, size, p=p)
+            return self.parents
+
+        def random(self, size):
+            self.coins = self.rng.random(size)
+            return self.coins
+
+    def probabilities(words):
+        p = 0.95 - sum(0.02 * place for place, word in enumerate(words) if word.isupper())
+        return [1 - p, p]
+
+    words, synonyms, drawn = tuple("abcdefgh"), [[letter.upper()] for letter in "abcdefgh"], Recorder()
+    steps = genetic(words, 1, synonyms, drawn, population=30, generations=1)
+    _, [(texts, P), (mutants, _)] = drive(steps, probabilities)
+    # a member is the better text of two, the first of equals
+    better = np.arange(0, 60, 2) + margin(P, 1).reshape(30, 2).argmin(1)
+    weight = 1 / (1 + np.exp(margin(P[better], 1))) + 1e-8
+    assert np.allclose(drawn.p, weight / weight.sum()) and len(set(np.round(weight, 6))) > 5
+    for (a, b), coins, pair in zip(drawn.parents, drawn.coins, zip(mutants[::2], mutants[1::2])):
+        parents = texts[better[a]], texts[better[b]]
+        child = [v if coin < 0.5 else w for v, w, coin in zip(*parents, coins)]
+        assert sum(len({*each}) > 1 for each in zip(*pair)) == 1        # where it is perturbed
+        assert all(word in each for word, *each in zip(child, *pair))
+
+
 def test_a_mutation_tries_the_original_word_whatever_the_text_holds_there():
     def probabilities(words):  # one change helps, two harm: children often hold a synonym already
         p = {(0, 0): 0.9, (1, 0): 0.7, (0, 1): 0.7, (1, 1): 0.8}[words[0] == "a1", words[1] == "b1"]

@@ -319,7 +319,11 @@ def test_several_betas_are_compared_along_the_trade_off(capsys):
     said = "rift against adv at the same clean accuracy, pwws, mean over beta: +0.200 ["
     assert said in report(capsys, *runs)
     starred, = [x for x in report(capsys, *runs[1:]).splitlines() if x.startswith("rift against")]
-    assert starred.endswith("]*")                               # adv has one run with beta 2
+    assert "]* (0 of 2 betas beyond" in starred                 # adv has one run with beta 2
+    more = [evaluation(0.4, 0.8, "rift", beta=6, seed=seed) for seed in (0, 1)]
+    more += [evaluation(0.9, 0.1, "standard", beta=beta) for beta in (2, 5)]
+    said = [x for x in report(capsys, *runs, *more).splitlines() if " against adv" in x]
+    assert len(said) == 1 and said[0].endswith("(1 of 3 betas beyond the ends of adv's curve)")
 
 
 # ---- Evaluations ---------------------------------------------------------------------------------
@@ -480,6 +484,31 @@ def test_other_settings_and_other_weights_are_refused(run, capsys, tmp_path, mon
         evaluate(run, *BOTH, "--num-examples", 8, *more)
     error = capsys.readouterr().err
     assert message in error and "--overwrite" in error and files_of(run) == before
+
+
+@pytest.mark.parametrize("second, message", [
+    ("rift", "has the settings and the seed of"),               # a copy is no second run
+    ("unfinished", "the run is not finished"),
+])
+def test_no_run_is_attacked_before_all_are_checked(run, tmp_path, capsys, second, message):
+    shutil.copytree(run, tmp_path / second)
+    if second == "unfinished":
+        (tmp_path / second / "metrics.json").unlink()
+    with pytest.raises(SystemExit):
+        evaluate(run, tmp_path / second, *BOTH)
+    assert message in capsys.readouterr().err and not (run / "attacks.jsonl").exists()
+
+
+def test_two_commands_on_one_run_do_not_lose_lines_in_silence(run, monkeypatch, capsys):
+    def another_command(words, y, synonyms, rng):
+        eval.write_lines(run / "attacks.jsonl", {})      # as a second one does
+        yield [words]
+        return words
+
+    monkeypatch.setitem(eval.ATTACKS, "mine", another_command)
+    with pytest.raises(SystemExit):
+        evaluate(run, "--attacks", "mine", "--num-examples", 8)
+    assert "another eval.py has replaced it" in capsys.readouterr().err
 
 
 def test_dev_has_files_of_its_own(run):
@@ -680,7 +709,7 @@ def test_figures_show_attacks_and_of_dev_the_kept_epoch(run):
     best = data.read_json(run / "metrics.json")["best_epoch"]
     kept, = [line for line in lines_of(run, "log.jsonl") if line["epoch"] == best]
     scores = eval.read_finished(run, "hull", "dev").scores
-    assert scores == {"clean": kept["dev_clean"], "hull": kept["dev_hull"]}
+    assert scores == {"clean": kept["dev_clean"], "hull": kept["dev_hull"], "num_examples": 16}
     evaluate(run, "--attacks", "pwws", "--num-examples", 5)
     shown, summary = eval.read_finished(run, "pwws", "test"), data.read_json(run / "eval.json")
     assert shown.scores["pwws"] == summary["pwws"] and shown.n == 5

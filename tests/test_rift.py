@@ -76,6 +76,24 @@ def moved(model, by=0.1):
 # ---- F_s -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("part", ["hidden", "attention"])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_dropout_acts_in_training_mode_only(encoder, part, gradient):
+    """That of the layers and that of attention, which has one way with a gradient and another."""
+    batch = example(encoder)
+    for name, module in encoder.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5 * (("attention.self" in name) == (part == "attention"))
+    with torch.set_grad_enabled(gradient):
+        e = rift.embed(encoder, batch["input_ids"])             # in eval mode: no dropout
+        first, second = (rift.features(encoder.train(), e, batch["attention_mask"])
+                         for _ in range(2))
+        assert not torch.allclose(first, second, atol=1e-3)
+        first, second = (rift.features(encoder.eval(), e, batch["attention_mask"])
+                         for _ in range(2))
+        assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("pooling", ["pooler", "mean"])
 def test_features_are_the_encoders_own(encoder, pooling):
     """For padded texts too: BERT and RoBERTa count the same positions themselves."""
@@ -429,6 +447,19 @@ def test_retained_is_what_can_be_read_off_linearly_within_classes():
     assert retained(T[:, :16] @ mixing[:16]) == pytest.approx(0.5, abs=0.05)
     for S in (F.one_hot(y, 32) + 0.1 * noise, T[order], noise):
         assert -0.1 < retained(S) < 0.03
+
+
+def test_retained_does_not_believe_a_regression_on_few_texts():
+    """With hardly more texts than features, noise fits the training texts, but predicts no other:
+    leave-one-out has to choose a ridge that says so. A copy is still read off."""
+    y = torch.arange(240) % 2
+    T, noise = (torch.randn(240, 32, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    few = slice(0, 40), slice(40, 240)
+
+    def retained(S):
+        return rift.retained(*(x[part] for part in few for x in (S, T, y)))
+
+    assert -0.15 < retained(noise) < 0.1 and retained(2 * T) > 0.9
 
 
 # ---- Recorded numbers ----------------------------------------------------------------------------

@@ -187,12 +187,31 @@ def test_methods_without_their_weight_are_adv(task, bert, tmp_path):
     assert not same_weights(adv, tmp_path / "more" / "adv-mixout", "encoder", 1e-4)
 
 
+def test_each_step_has_dropout_and_noise_of_its_own(task, bert, tmp_path, monkeypatch):
+    """In training mode; every step, epoch, seed and process has its own seed for both."""
+    seeds, modes, objective = [], [], rift.objective
+
+    def seen(o, *more):
+        seeds.append(torch.initial_seed())
+        modes.append(o.model.encoder.training)
+        return objective(o, *more)
+
+    monkeypatch.setattr(rift, "objective", seen)
+    monkeypatch.setattr(train, "average", lambda model, totals, world: totals)
+    monkeypatch.setattr(train.dist, "barrier", lambda: None)
+    for rank in (0, 1):
+        monkeypatch.setattr(train, "processes", lambda: (rank, 2))
+        train.main(command(task, bert, tmp_path / str(rank), "--method", "adv", "--seeds", 0, 1,
+                           "--epochs", 2))
+    assert all(modes) and len(seeds) == len(set(seeds)) == 2 * 2 * 2 * 4
+
+
 def test_gradients_of_slices_add_up(task, bert, tmp_path):
     """Without dropout, L_info and an adversary, a batch in slices is the batch."""
     model = without_dropout(bert, tmp_path / "model")
-    for out, size in (("whole", 8), ("slices", 4)):
+    for out, size in (("whole", 10), ("slices", 4)):            # slices of 6 and 4
         train.main(command(task, model, tmp_path / out, "--method", "standard", "--epochs", 1,
-                           "--micro-batch-size", size))
+                           "--batch-size", 10, "--micro-batch-size", size))
     whole, slices = tmp_path / "whole" / "standard", tmp_path / "slices" / "standard"
     assert same_weights(whole, slices, atol=1e-4)
     assert log_of(whole)[0]["ce"] == pytest.approx(log_of(slices)[0]["ce"], rel=1e-4)
@@ -211,6 +230,22 @@ def test_slices_share_a_batch_out(C, N, size):
         counts = np.bincount(y[part])
         assert len(counts) == C and len(set(counts)) == 1 and counts[0] >= min(N, 2)
         assert len(part) <= max(size, 3 * C)
+
+
+@pytest.mark.parametrize("task, own", [
+    ("imdb", dict(beta=10, alpha=0.1, batch_size=32, max_len=300)),
+    ("snli", dict(beta=5, alpha=0.7, batch_size=120, max_len=80))])
+def test_the_defaults_are_the_papers(task, own):
+    _, s = train.parse(["--task", task])
+    s = vars(s)
+    assert {key: s[key] for key in own} == own
+    paper = dict(epochs=20, lr=2e-5, schedule=[0.1, 0.55, 1], weight_decay=2e-4, adam_eps=1e-6,
+                 tau=0.2, adv_steps=10, adv_lr=1, adv_weight_decay=2e-5, sparsity=15,
+                 candidates=10, ptwd=0.01, mixout=0.7, model="bert-base-uncased",
+                 pooling="pooler", unknown_words="piece", micro_batch_size=None)
+    assert {key: s[key] for key in paper} == paper
+    s = eval.parse(["runs"])
+    assert (s.num_examples, s.population, s.generations) == (300, 60, 40)
 
 
 @pytest.mark.parametrize("epochs, schedule", [
