@@ -98,6 +98,11 @@ def genetic(words, y, synonyms, rng, population=60, generations=40):
         raise ValueError(f"the genetic attack needs a population of at least 2, not {population}")
     positions = positions_of(words, synonyms)
 
+    def crossover(a, b):
+        """A child of two texts: each word from either by a fair coin."""
+        coins = rng.random(len(words)) < 0.5
+        return tuple(v if coin else w for v, w, coin in zip(a, b, coins.tolist()))
+
     def perturb(texts):
         """(texts, P): each text with the best of the original word and its synonyms at one random
         position, and the probabilities (len(texts), C). The texts are scored in one yield."""
@@ -119,9 +124,7 @@ def genetic(words, y, synonyms, rng, population=60, generations=40):
             break
         p = 1 / (1 + np.exp(fitness)) + 1e-8  # sigmoid(-margin): for two classes 1 - P(y) + 1e-8
         parents = rng.choice(population, size=(population - 1, 2), p=p / p.sum())
-        coins = rng.random((population - 1, len(words))) < 0.5
-        children = [tuple(v if coin else w for v, w, coin in zip(members[a], members[b], row))
-                    for (a, b), row in zip(parents, coins.tolist())]
+        children = [crossover(members[a], members[b]) for a, b in parents]
         children, P_children = yield from perturb(children)
         members = [members[elite]] + children
         P = np.vstack([P[elite], P_children])

@@ -434,9 +434,10 @@ def choose(splits, labels, sizes, split_seed, where):
         total = len(splits["train"])
         counts = [max(2, len(pool) * min(1000, total // 10) // total) for pool in pools["train"]]
         if sizes["dev"] is not None:
-            counts = map(len, balanced(pools["train"], sizes["dev"], labels, f"{where}: dev"))
-        parts = [np.split(pool, [n]) for pool, n in zip(pools["train"], counts)]
-        pools["dev"], rest = zip(*parts)
+            dev = balanced(pools["train"], sizes["dev"], labels, f"{where}: dev")
+            counts = [len(pool) for pool in dev]
+        pools["dev"] = [pool[:n] for pool, n in zip(pools["train"], counts)]
+        rest = [pool[n:] for pool, n in zip(pools["train"], counts)]
         # texts that differ only in case or space have the same words
         plain = [" \t ".join(" ".join(clean(text).lower().split()) for text in texts)
                  for texts, _ in splits["train"]]
@@ -744,7 +745,7 @@ class Vocabulary:
         self.ids = tokenizer.get_vocab()
         # byte-level BPE writes the space before a word as "Ġ", other bytes than ASCII as letters
         self.byte_level = any(piece.startswith("Ġ") for piece in tokenizer.tokenize(" a")[:1])
-        # the same words come again and again
+        # from here on both methods remember: a task has few different words
         self.token = functools.cache(self.token)
         self.candidates = functools.cache(self.candidates)
 
@@ -808,25 +809,24 @@ class Vocabulary:
         """
         rows = [self.input_ids(words) for words in batch]
         lengths = np.array([[len(row)] for row in rows])
-        L = lengths.max()
+        B, L = len(rows), lengths.max()
         ids = np.array([row + [self.pad] * (L - len(row)) for row in rows])  # (B, L)
         out = {"input_ids": ids, "attention_mask": (np.arange(L) < lengths).astype(np.int64)}
         if hull:
-            row_of = {None: 0}  # word that may change -> its row in `table`; None: nothing may
-            index = np.zeros(ids.shape, dtype=np.int64)  # (B, L)
+            tokens = {}  # (b, l): the candidates' tokens, where the word may change
             for b, words in enumerate(batch):
                 last = self.visible(words)[-1]
-                changeable = [word if others else None
-                              for word, others in zip(last, substitutes(last, self.neighbors))]
-                end = len(rows[b]) - 1  # the last [SEP]
-                rows_of_last = [row_of.setdefault(word, len(row_of)) for word in changeable]
-                index[b, end - len(last) : end] = rows_of_last
-            others = [tuple(self.candidates(word))[1:] if word else () for word in row_of]
-            counts = np.array(list(map(len, others)))
-            K = 1 + counts.max()
-            table = np.array([row + (self.pad,) * (K - 1 - len(row)) for row in others], np.int64)
-            out["subs"] = np.concatenate([ids[..., None], table[index]], axis=2)  # (B, L, K)
-            out["subs_mask"] = np.arange(K) <= counts[index][..., None]
+                start = len(rows[b]) - 1 - len(last)  # the last [SEP] is behind it
+                others = substitutes(last, self.neighbors)
+                tokens |= {(b, start + i): list(self.candidates(word))
+                           for i, word in enumerate(last) if others[i]}
+            K = max(map(len, tokens.values()), default=1)
+            subs, subs_mask = np.full((B, L, K), self.pad), np.zeros((B, L, K), bool)
+            subs[..., 0], subs_mask[..., 0] = ids, True
+            for (b, l), row in tokens.items():
+                subs[b, l, : len(row)] = row
+                subs_mask[b, l, : len(row)] = True
+            out |= {"subs": subs, "subs_mask": subs_mask}
         return {name: torch.from_numpy(array) for name, array in out.items()}
 
 

@@ -256,8 +256,8 @@ def settings_of(folder, finished=True):
     path = Path(folder) / "config.json"
     if not path.exists():
         runs = [run for run in Path(folder).glob("*/config.json") if run.parent.name != "encoder"]
-        raise InputError(f"{folder}: not a run of train.py, it has no config.json"
-                         + f"; the runs in it are {folder}/*" * bool(runs))
+        hint = f"; the runs in it are {folder}/*" if runs else ""
+        raise InputError(f"{folder}: not a run of train.py, it has no config.json{hint}")
     config = data.read_json(path)
     if not {"settings", "labels", "fingerprints", "parts"} <= config.keys():
         raise InputError(f"{path}: not a run of this project, or damaged")
@@ -406,8 +406,8 @@ def bootstrap(statistic, *groups, draws=10_000, seed=0):
 
 # ---- Attacking runs ------------------------------------------------------------------------------
 
-# To add an attack, write it like attacks.pwws and add its line here. Its keyword arguments can be
-# set from the command line where parse() has a flag of that name.
+# To add an attack, write it like attacks.pwws and add its line here. A keyword argument of it that
+# the command line sets has a flag in parse() and a place in attack_settings().
 ATTACKS = {
     "pwws": attacks.pwws,
     "genetic": attacks.genetic,                     # with the language-model constraint
@@ -491,8 +491,9 @@ def attack_settings(name, s, args):
     """The keyword arguments of an attack: its own defaults, with what the command line sets."""
     if name == "hull":
         return search_settings(s)
+    flags = {"population": args.population, "generations": args.generations}
     parameters = inspect.signature(ATTACKS[name]).parameters.values()
-    return {p.name: getattr(args, p.name, p.default) for p in parameters
+    return {p.name: flags.get(p.name, p.default) for p in parameters
             if p.default is not p.empty and p.name != "rng"}
 
 
@@ -650,8 +651,8 @@ def head_of(name, evaluations):
     for settings in [x.settings[name] for x in evaluations]:
         keys = ["steps"] if name == "hull" else [
             key for key in settings if key in inspect.signature(ATTACKS[name]).parameters]
-        keys += ["lm_constraint"] * ("lm_constraint" in settings)
-        keys += ["max_queries"] * (settings.get("max_queries") is not None)
+        keys += [key for key in ("lm_constraint", "max_queries") if settings.get(key) is not None]
+
         heads.append(f"{name} ({', '.join(f'{key} {settings[key]}' for key in keys)})")
     return " / ".join(dict.fromkeys(heads)).replace("_", " ")
 
@@ -977,10 +978,13 @@ def plot(folders, path, attack, split):
             panels.append((draw_alpha, title, runs, {}))
         if any(len({s.beta for s in of[method]}) > 1 for method in of if method != "standard"):
             panels.append((draw_tradeoff, title, runs, {}))
-        for label, measure in FORGETTING.items() if len(panels) == before else ():
+        if len(panels) > before:
+            continue
+        for label, measure in FORGETTING.items():
             having = [x for x in runs if measure(x.kept) is not None]
             more = dict(measure=measure, label=label)
-            panels += [(draw_forgetting, f"{task}, dev texts", having, more)] * bool(having)
+            if having:
+                panels.append((draw_forgetting, f"{task}, dev texts", having, more))
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.6 * columns, 3.5 * rows + 0.3), layout="constrained")
@@ -1069,7 +1073,7 @@ def command(main):
             print(f"{script}: error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         except KeyboardInterrupt as stop:
-            print(f"\n{script}: stopped{'; ' * bool(str(stop))}{stop}", file=sys.stderr)
+            print("; ".join([f"\n{script}: stopped", *map(str, stop.args)]), file=sys.stderr)
             raise SystemExit(130) from None
     return wrapped
 

@@ -184,7 +184,8 @@ def weights(v, subs_mask):
 def mix(e, E, free, w):
     """e^_l = sum_k w_lk * e(c_lk, l): the embeddings, each free position at a point of its hull.
 
-    e: (B, L, H); E: (P, K, H); free: (B, L) bool; w: (P, K). Returns (B, L, H).
+    e: (B, L, H); E: (P, K, H); free: (B, L) bool; w: (P, K), the rows w[free] of an adversary's w.
+    Returns (B, L, H).
     """
     return e.index_put((free,), torch.einsum("pk,pkh->ph", w, E))
 
@@ -204,13 +205,13 @@ def noise(shape, max_len, generator=None):
     return torch.randn(shape, generator=generator) * math.sqrt(2 / (max_len * 10))
 
 
-def search_hull(objective, predict, e, E, free, subs_mask, v, steps=10, lr=1.0, weight_decay=2e-5,
+def search_hull(gain, predict, e, E, free, subs_mask, v, steps=10, lr=1.0, weight_decay=2e-5,
                 sparsity=15.0):
     """The point of the hull where Adam's ascent ends.
 
-        max over v of   objective(predict(e^(v))) - sparsity * sum_l H(w_l) / (300 * 128)
+        max over v of   gain(predict(e^(v))) - sparsity * sum_l H(w_l) / (300 * 128)
 
-    objective: logits (B, C) -> scalar, summed over the batch; predict: embeddings (B, L, H) ->
+    gain: logits (B, C) -> scalar, summed over the batch; predict: embeddings (B, L, H) ->
     logits (B, C); e, E, free: from hull(), constants here; subs_mask: (B, L, K) bool; v: (B, L, K),
     the start; weight_decay: L2 on v. The entropy term pushes w towards a single word; its divisor
     is a constant, whatever the shape. Returns w (B, L, K), rows on the simplex, without a gradient.
@@ -220,8 +221,8 @@ def search_hull(objective, predict, e, E, free, subs_mask, v, steps=10, lr=1.0, 
     adam = torch.optim.Adam([v_free], lr=lr, weight_decay=weight_decay)
     for _ in range(steps if len(v_free) else 0):
         w = weights(v_free, mask)
-        gain = objective(predict(mix(e, E, free, w))) - sparsity * entropy(w).sum() / (300 * 128)
-        v_free.grad, = torch.autograd.grad(-gain, v_free)
+        value = gain(predict(mix(e, E, free, w))) - sparsity * entropy(w).sum() / (300 * 128)
+        v_free.grad = torch.autograd.grad(-value, v_free)[0]
         adam.step()
     v[free] = v_free.detach()
     return weights(v, subs_mask)
@@ -246,12 +247,12 @@ def adversary(encoder, head, input_ids, attention_mask, subs, subs_mask, v, y=No
             e, E, free = hull(encoder, input_ids, subs, subs_mask)
             clean = predict(e) if y is None else None
 
-        def objective(logits):
+        def gain(logits):
             if y is None:
                 return kl_divergence(clean, logits) * len(logits)
             return F.cross_entropy(logits, y, reduction="sum")
 
-        return search_hull(objective, predict, e, E, free, subs_mask, v, steps, lr, weight_decay,
+        return search_hull(gain, predict, e, E, free, subs_mask, v, steps, lr, weight_decay,
                            sparsity)
 
 
@@ -273,6 +274,7 @@ def kl_divergence(clean, adversarial):
     probabilities as targets the gradient is NaN once one of them underflows.
     """
     clean, adversarial = F.log_softmax(clean, -1), F.log_softmax(adversarial, -1)
+    # torch's kl_div(log q, log p) is KL(p || q)
     return F.kl_div(adversarial, clean, reduction="batchmean", log_target=True)
 
 
@@ -402,18 +404,18 @@ def retained(S, T, y, S_dev, T_dev, y_dev):
 
     (S, S_dev), (T, T_dev) = within_classes(S, S_dev), within_classes(T, T_dev)
     U, d, Vt = torch.linalg.svd(S, full_matrices=False)                         # S = U diag(d) V'
-    UT = U.T @ T                                                                # (min(N, H), H)
+    on_U = U.T @ T                                                              # (min(N, H), H)
 
     def left_out_error(ridge):
         """The squared error of predicting each text from the regression on all others."""
         shrink = d.square() / (d.square() + ridge)                              # (min(N, H),)
         leverage = U.square() @ shrink                                          # (N,)
-        residual = T - U @ (shrink[:, None] * UT)                               # (N, H)
+        residual = T - U @ (shrink[:, None] * on_U)                               # (N, H)
         return (residual / (1 - leverage)[:, None]).square().sum().item()
 
     scale = d.square().mean().item() + 1e-30
     ridge = min((scale * 10.0 ** k for k in range(-6, 4)), key=left_out_error)
-    W = Vt.T @ ((d / (d.square() + ridge))[:, None] * UT)                       # (H, H)
+    W = Vt.T @ ((d / (d.square() + ridge))[:, None] * on_U)                       # (H, H)
     return (1 - (T_dev - S_dev @ W).square().sum() / T_dev.square().sum().clamp_min(1e-30)).item()
 
 
@@ -540,5 +542,6 @@ def objective(o, method, weight):
             raise ValueError(f"METHODS[{method!r}] weighs {term.__name__} with {factor!r}, "
                              f"no setting: wanted a number or one of {', '.join(weight)}")
         terms[term.__name__] = term(o)
-        loss = loss + weight.get(factor, factor) * terms[term.__name__]
+        number = weight[factor] if isinstance(factor, str) else factor
+        loss = loss + number * terms[term.__name__]
     return {"loss": loss} | terms

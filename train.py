@@ -95,7 +95,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
                 part = rows[part]
                 batch = vocabulary.encode([texts[i] for i in part], hull=adversarial)
                 batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                # theta_s in the run's precision: cast once, for the search and the loss
+                # theta_s in the run's precision, cast once for search and loss (fp32: itself)
                 theta = rift.weights_in(model.encoder, victim.dtype)
                 w = None
                 if adversarial:                                             # x^ = argmax KL
@@ -171,12 +171,12 @@ def measure(model, victim, task, s, T, T_dev):
     y_dev = torch.tensor([x.y for x in task.dev], device=T.device)
     S_dev = victim.features([x.words for x in task.dev])                            # (n, H)
     clean = victim.probabilities(S_dev).argmax(-1)                                  # (n,)
-    hull, _, S_hat = eval.hull_attack(victim, task.dev, **eval.search_settings(s))
+    attacked, _, S_hat = eval.hull_attack(victim, task.dev, **eval.search_settings(s))
     C = len(task.labels)
     probe = torch.cat([(y == c).nonzero().squeeze(1)[:PROBE // C] for c in range(C)])
     S = victim.features([task.train[i].words for i in probe])
     line = {"dev_clean": eval.accuracy(task.dev, clean),
-            "dev_hull": eval.accuracy(task.dev, clean, hull),
+            "dev_hull": eval.accuracy(task.dev, clean, attacked),
             "params_l2": rift.pretrained_distance(model.encoder, model.teacher).item(),
             "dev_cka": rift.debiased_cka(S_dev, T_dev),
             "dev_retained": rift.retained(S, T[probe], y[probe], S_dev, T_dev, y_dev)}
@@ -222,10 +222,11 @@ def finish(model, victim, task, s, folder, best_epoch):
     """Measures the kept epoch on test, once, and writes the run's model and metrics.json."""
     S = victim.features([x.words for x in task.test], bar="test")                   # (n, H)
     clean = victim.probabilities(S).argmax(-1)                                      # (n,)
-    hull, _, _ = eval.hull_attack(victim, task.test, bar="test hull", **eval.search_settings(s))
+    attacked, _, _ = eval.hull_attack(victim, task.test, bar="test hull",
+                                      **eval.search_settings(s))
     metrics = {"method": s.method, "task": task.name, "seed": s.seed, "best_epoch": best_epoch,
                "clean": eval.accuracy(task.test, clean),
-               "hull": eval.accuracy(task.test, clean, hull), "test_examples": len(task.test),
+               "hull": eval.accuracy(task.test, clean, attacked), "test_examples": len(task.test),
                "dev_examples": len(task.dev)}
     parts = {name: p for name, p in trained(model).items() if not name.startswith("encoder.")}
     data.save_tensors(folder / "model.safetensors", parts)
@@ -356,7 +357,7 @@ def average(model, totals, world):
 def run(task, table, s, folder, overwrite, known):
     """Trains one method with one seed in its folder.
 
-    known: {(sha256 of the encoder, pooling): [T, T_dev]}, the teacher's features, shared by the
+    known: {fingerprint of the encoder: [T, T_dev]}, the teacher's features, shared by the
     runs of a command; filled here. Raises InputError for settings that do not fit the model, the
     data, or a run that is there.
     """
@@ -379,16 +380,16 @@ def run(task, table, s, folder, overwrite, known):
     model = rift.RIFT(encoder, len(task.labels), s.pooling, s.method == "rift-marginal")
     model.to(s.device or eval.pick_device())
     vocabulary = data.Vocabulary(tokenizer, s.max_len, table, s.unknown_words, s.candidates)
-    key = digest, s.pooling
-    if key not in known:
+    if digest not in known:
         victim = eval.Victim(model, vocabulary, s.eval_batch_size, s.precision)
-        known[key] = [victim.features([x.words for x in split], model.teacher, "teacher's features")
-                      for split in (task.train, task.dev)]
+        known[digest] = [
+            victim.features([x.words for x in split], model.teacher, "teacher's features")
+            for split in (task.train, task.dev)]
     if rank == 0:
         counts = Counter(task.labels[x.y] for x in task.train)
         classes = ", ".join(f"{counts[label]:,} {label}" for label in task.labels)
         print(f"{folder}: trains on {classes}; dev {len(task.dev):,}, test {len(task.test):,}")
-    train(model, task, vocabulary, s, folder, *known[key])
+    train(model, task, vocabulary, s, folder, *known[digest])
 
 
 # ---- The toy task's pre-trained encoder ----------------------------------------------------------
@@ -593,8 +594,8 @@ def main(argv):
     if len(task.dev) < max(4, 2 * len(task.labels)):
         raise InputError(f"--dev-size: dev has {len(task.dev)} texts, wanted at least "
                          f"{max(4, 2 * len(task.labels))}, two of each class")
-    if any(map(rift.has_adversary, args.method)) and not any(
-            any(data.substitutes(x.words[-1], table)) for x in task.train):
+    changeable = any(any(data.substitutes(x.words[-1], table)) for x in task.train)
+    if not changeable and any(map(rift.has_adversary, args.method)):
         raise InputError(f"--neighbors {s.neighbors}: has no synonym for any word of the training "
                          "texts")
     if s.batch_size < 2 * len(task.labels):             # before the teacher reads all texts

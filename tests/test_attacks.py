@@ -266,7 +266,7 @@ def test_parents_are_drawn_by_their_fitness_and_a_fair_coin_picks_each_word():
     class Recorder:
         """A random generator that remembers what it drew, and with which probabilities."""
         def __init__(self):
-            self.rng = np.random.default_rng(0)
+            self.rng, self.coins = np.random.default_rng(0), []
             self.integers = self.rng.integers
 
         def choice(self, n, size, p):
@@ -274,8 +274,8 @@ def test_parents_are_drawn_by_their_fitness_and_a_fair_coin_picks_each_word():
             return self.parents
 
         def random(self, size):
-            self.coins = self.rng.random(size)
-            return self.coins
+            self.coins.append(self.rng.random(size))
+            return self.coins[-1]
 
     def probabilities(words):
         p = 0.95 - sum(0.02 * place for place, word in enumerate(words) if word.isupper())

@@ -97,13 +97,18 @@ def plain_step(model, adamw, batch, y, v, s):
     (B, L, K), encoder = subs.shape, model.encoder
     first = 2 if encoder.config.model_type == "roberta" else 0
 
+    def pooled(output):                                                             # (B, H)
+        if s.pooling == "pooler":
+            return output.pooler_output
+        return (output.last_hidden_state * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
     def S(w):
         E = torch.stack([encoder.embeddings(subs[:, :, k], position_ids=torch.arange(
             first, first + L).expand(B, L)) for k in range(K)], 2)                  # (B, L, K, H)
         hook = encoder.embeddings.register_forward_hook(lambda *_: (w[..., None] * E).sum(2))
-        pooled = encoder(ids, mask).pooler_output                                   # (B, H)
+        S = pooled(encoder(ids, mask))
         hook.remove()
-        return pooled
+        return S
 
     def kl(clean, adversarial):
         p, q = torch.softmax(clean, -1), torch.softmax(adversarial, -1)
@@ -119,7 +124,7 @@ def plain_step(model, adamw, batch, y, v, s):
                                       - kl(clean, model.head(S(w))).sum(), v)
         adam.step()
     S_hat = S(torch.softmax(torch.where(subs_mask, v, -500.0), -1).detach())
-    clean, T = model.head(S(x)), model.teacher(ids, mask).pooler_output
+    clean, T = model.head(S(x)), pooled(model.teacher(ids, mask))
     loss = F.cross_entropy(clean, y) + s.beta * kl(clean, model.head(S_hat)).mean()
     if s.method.startswith("rift"):
         y = torch.zeros_like(y) if s.method == "rift-marginal" else y
@@ -134,21 +139,24 @@ def plain_step(model, adamw, batch, y, v, s):
     return loss.item()
 
 
-@pytest.mark.parametrize("method, labels", [("rift", ["no", "so", "yes"]), ("rift", ["neg", "pos"]),
-                                            ("rift-marginal", ["neg", "pos"])])
-def test_a_step_is_the_plain_formulation(plain_words, model_folder, tmp_path, method, labels):
+@pytest.mark.parametrize("method, labels, pooling", [
+    ("rift", ["no", "so", "yes"], "pooler"), ("rift", ["neg", "pos"], "mean"),
+    ("rift-marginal", ["neg", "pos"], "pooler")])
+def test_a_step_is_the_plain_formulation(plain_words, model_folder, tmp_path, method, labels,
+                                         pooling):
     """The head, g and h decay, the encoder does not; so is a run of two steps without dropout."""
     task = write_task(tmp_path / "task", labels, n=8, pair=len(labels) == 3)
     model_folder = without_dropout(model_folder, tmp_path / "model")
     more = ["--epochs", 1, "--batch-size", 4 * len(labels), "--beta", 30, "--alpha", 2, "--tau",
-            0.5, "--adv-steps", 4, "--weight-decay", 1, "--seeds", 3, "--method", method]
+            0.5, "--adv-steps", 4, "--weight-decay", 1, "--seeds", 3, "--method", method, "--pooling",
+            pooling]
     arguments = command(task, model_folder, tmp_path / "runs", *more)
     train.main(arguments)
 
     s = SimpleNamespace(**vars(train.parse(arguments)[1]), method=method)
     torch.manual_seed(3)
     encoder, tokenizer = eval.load_encoder(model_folder)
-    model = rift.RIFT(encoder, len(labels), marginal=method == "rift-marginal")
+    model = rift.RIFT(encoder, len(labels), pooling, method == "rift-marginal")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     own = [p for name, p in model.named_parameters() if name.startswith(("head", "g.", "h."))]
     adamw = torch.optim.AdamW([{"params": encoder.parameters(), "weight_decay": 0},
@@ -301,9 +309,15 @@ def test_every_method_trains_and_its_run_loads(plain_words, model_folder, tmp_pa
         victim = eval.load_run(folder)
         P = victim([text, text])
         assert P.shape == (2, len(labels)) and np.allclose(P.sum(1), 1, atol=1e-5)
-        test = eval.open_task(eval.settings_of(folder)[0]).test
-        predictions = victim([data.to_text(x.words) for x in test]).argmax(-1)
-        assert eval.accuracy(test, predictions) == metrics["clean"]     # what was measured is saved
+        s, _ = eval.settings_of(folder)
+        own, kept = eval.open_task(s), log[metrics["best_epoch"] - 1]
+        for split, clean, hull in ((own.test, metrics["clean"], metrics["hull"]),
+                                   (own.dev, kept["dev_clean"], kept["dev_hull"])):
+            # what was measured on these texts is what the saved model does
+            predictions = victim([data.to_text(x.words) for x in split]).argmax(-1)
+            attacked, _, _ = eval.hull_attack(victim, split, **eval.search_settings(s))
+            assert eval.accuracy(split, predictions) == clean
+            assert eval.accuracy(split, predictions, attacked) == hull
 
 
 def test_several_methods_and_seeds_see_the_same_texts(plain_words, bert, tmp_path, monkeypatch):
@@ -340,6 +354,21 @@ def test_the_best_epoch_on_dev_is_kept(task, bert, tmp_path, monkeypatch, method
     long, short = tmp_path / "long" / method, tmp_path / "short" / method
     assert same_weights(long, short) and len(log_of(long)) == 4
     assert read(long / "metrics.json")["best_epoch"] == best
+
+
+def test_the_test_texts_decide_nothing(task, bert, tmp_path):
+    """With the wrong labels for all of them the run is the same, only its test accuracy is not."""
+    arguments = ["--method", "rift", "--epochs", 3, "--schedule", 1]
+    train.main(command(task, bert, tmp_path / "right", *arguments))
+    swapped = {"neg": "pos", "pos": "neg", "label": "label"}
+    lines = [line.split("\t") for line in (task / "test.tsv").read_text().splitlines()]
+    (task / "test.tsv").write_text("".join(f"{swapped[y]}\t{text}\n" for y, text in lines))
+    train.main(command(task, bert, tmp_path / "wrong", *arguments))
+    right, wrong = tmp_path / "right" / "rift", tmp_path / "wrong" / "rift"
+    assert log_of(right) == log_of(wrong) and same_weights(right, wrong)
+    before, after = read(right / "metrics.json"), read(wrong / "metrics.json")
+    assert before["best_epoch"] == after["best_epoch"]
+    assert before["clean"] == pytest.approx(1 - after["clean"])
 
 
 # ---- How much was forgotten ----------------------------------------------------------------------
