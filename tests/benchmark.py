@@ -147,14 +147,9 @@ def plain_attack(model, vocabulary, words, y, synonyms, method, rng):
 
     steps = method(words, y, synonyms, rng)
     wanted = next(steps)
-    for step in itertools.count():
-        P = []
-        for text in wanted:
-            P.append(score(text))
-            if method is attacks.pwws and step == 2:
-                score(words)    # its authors score the original again beside each candidate
+    while True:
         try:
-            wanted = steps.send(np.array(P, dtype=np.float64))
+            wanted = steps.send(np.array([score(text) for text in wanted], dtype=np.float64))
         except StopIteration as stop:
             return stop.value
 

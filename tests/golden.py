@@ -3,8 +3,8 @@
     python -m tests.golden PATH
 
 PATH is a case folder (the model, the adversary and the losses: `method_case`) or a json of texts
-and a victim that needs no network (the attacks: `attack_cases`). What the file records as outputs is
-never read.
+and a victim that needs no network (the attacks: `attack_cases`). The recorded outputs are never
+read.
 """
 import json
 import sys
@@ -101,7 +101,8 @@ def hash_victim(scale, bias):
         for k, text in enumerate(texts):
             words = text.split(" ")
             pairs = map("_".join, zip(words, words[1:]))
-            z[k] = bias + sum(weight[word] for word in words) + 0.5 * sum(weight[pair] for pair in pairs)
+            z[k] = bias + sum(weight[word] for word in words)
+            z[k] += 0.5 * sum(weight[pair] for pair in pairs)
         p = 1 / (1 + np.exp(-scale * z))
         return np.stack([1 - p, p], axis=1)
 
@@ -109,8 +110,8 @@ def hash_victim(scale, bias):
 
 
 def neighbor_table(path):
-    """word -> list of synonyms: data/counterfitted_neighbors.json of the folder above the case's, or
-    of the folder `shared` beside the project. Raises FileNotFoundError if neither is there."""
+    """word -> list of synonyms: data/counterfitted_neighbors.json of the folder above the case's
+    or of the folder `shared` beside the project. Raises FileNotFoundError if neither is there."""
     name = Path("data") / "counterfitted_neighbors.json"
     places = [Path(path).resolve().parent.parent / name,
               Path(__file__).resolve().parents[2] / "shared" / name]

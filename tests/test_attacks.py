@@ -281,7 +281,8 @@ def test_parents_are_drawn_by_their_fitness_and_a_fair_coin_picks_each_word():
         p = 0.95 - sum(0.02 * place for place, word in enumerate(words) if word.isupper())
         return [1 - p, p]
 
-    words, synonyms, drawn = tuple("abcdefgh"), [[letter.upper()] for letter in "abcdefgh"], Recorder()
+    words, drawn = tuple("abcdefgh"), Recorder()
+    synonyms = [[letter.upper()] for letter in words]
     steps = genetic(words, 1, synonyms, drawn, population=30, generations=1)
     _, [(texts, P), (mutants, _)] = drive(steps, probabilities)
     # a member is the better text of two, the first of equals

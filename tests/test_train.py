@@ -23,6 +23,7 @@ import data
 import eval
 import rift
 import train
+from tests import benchmark
 from tests.conftest import save_model, write_task
 
 L_TASK = {"ce", "kl"}
@@ -369,6 +370,14 @@ def test_the_test_texts_decide_nothing(task, bert, tmp_path):
     before, after = read(right / "metrics.json"), read(wrong / "metrics.json")
     assert before["best_epoch"] == after["best_epoch"]
     assert before["clean"] == pytest.approx(1 - after["clean"])
+
+
+def test_the_benchmark_runs_and_its_sides_agree(tmp_path):
+    benchmark.main(["train", "clean", "attacks", "--device", "cpu", "--json",
+                    str(tmp_path / "rows.json"), "--batches", "1", "--batch-size", "6",
+                    "--adv-steps", "1", "--num-clean", "4", "--attack-examples", "1"])
+    rows = read(tmp_path / "rows.json")
+    assert len(rows) == 10 and all(rows[name]["agrees"] for name in rows if "fp32" in name)
 
 
 # ---- How much was forgotten ----------------------------------------------------------------------
