@@ -410,12 +410,12 @@ def retained(S, T, y, S_dev, T_dev, y_dev):
         """The squared error of predicting each text from the regression on all others."""
         shrink = d.square() / (d.square() + ridge)                              # (min(N, H),)
         leverage = U.square() @ shrink                                          # (N,)
-        residual = T - U @ (shrink[:, None] * on_U)                               # (N, H)
+        residual = T - U @ (shrink[:, None] * on_U)                             # (N, H)
         return (residual / (1 - leverage)[:, None]).square().sum().item()
 
     scale = d.square().mean().item() + 1e-30
     ridge = min((scale * 10.0 ** k for k in range(-6, 4)), key=left_out_error)
-    W = Vt.T @ ((d / (d.square() + ridge))[:, None] * on_U)                       # (H, H)
+    W = Vt.T @ ((d / (d.square() + ridge))[:, None] * on_U)                     # (H, H)
     return (1 - (T_dev - S_dev @ W).square().sum() / T_dev.square().sum().clamp_min(1e-30)).item()
 
 
