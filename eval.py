@@ -21,7 +21,7 @@ import argparse
 import csv
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import inspect
 import io
 import itertools
@@ -251,7 +251,7 @@ class Victim:
 def settings_of(folder, finished=True):
     """(settings, config): a run's settings as attributes, and all of its config.json, a dict.
 
-    Raises InputError for a folder without a run, or with one that is not `finished`.
+    Raises InputError for a folder without a run and, if `finished`, for a run that is not.
     """
     path = Path(folder) / "config.json"
     if not path.exists():
@@ -573,15 +573,9 @@ def evaluate(folder, plan, args):
     for name in args.attacks:
         lines = done.setdefault(name, {})
         pending = {i: None for i in attacked if i not in lines}
-        if pending:         # each line is written at once, so that a stop loses no finished text
-            with data.writing(lines_path), open(lines_path, "ab", buffering=0) as file:
-                for result in run_attack(name, own[name], victim, tables[name], plan, texts,
-                                         pending, args):
-                    if os.fstat(file.fileno()).st_nlink == 0:
-                        raise InputError(f"{lines_path}: another eval.py has replaced it; "
-                                         "evaluate a run with one command at a time")
-                    lines[result.index] = {key: getattr(result, key) for key in LINE_KEYS}
-                    file.write(json.dumps(lines[result.index]).encode() + b"\n")
+        if pending:
+            keep(run_attack(name, own[name], victim, tables[name], plan, texts, pending, args),
+                 lines, lines_path)
         found.lines[name] = [lines[i] for i in attacked]
         # by the last prediction: in bf16 a text right by a hair may be wrong in another batch
         survived = {i for i in attacked if lines[i]["prediction"] == lines[i]["label"]}
@@ -597,6 +591,18 @@ def evaluate(folder, plan, args):
         now = {key: value for key, value in record.items() if key in black_box}
         data.write_json(folder / "metrics.json", kept | now)
     return found
+
+
+def keep(results, lines, path):
+    """Adds each Result to lines, {index: line}, and at once to attacks.jsonl, so that a stop loses
+    no finished text. Raises InputError if a second eval.py has replaced the file meanwhile."""
+    with data.writing(path), open(path, "ab", buffering=0) as file:
+        for result in results:
+            if os.fstat(file.fileno()).st_nlink == 0:
+                raise InputError(f"{path}: another eval.py has replaced it; evaluate a run with "
+                                 "one command at a time")
+            lines[result.index] = {key: getattr(result, key) for key in LINE_KEYS}
+            file.write(json.dumps(lines[result.index]).encode() + b"\n")
 
 
 def write_lines(path, done):
@@ -688,6 +694,7 @@ def by_settings(runs, *free):
     groups = {}
     for x in runs:
         own = {"seed", *INCIDENTAL, *free}
+        # without None: a run made before a flag existed is one without that flag
         s = {key: value for key, value in vars(x.run).items()
              if key not in own and value is not None}
         groups.setdefault(json.dumps(s, sort_keys=True), (s, []))[1].append(x)
@@ -795,11 +802,12 @@ def tradeoffs(group, names):
     """Yields a line of text for each method with several betas: its gain over adv's curve."""
     curves = {}                                                         # {curve: {beta: [run, ..]}}
     for curve, runs in by_settings(group, "beta").items():
+        if runs[0].run.method == "standard":                            # it has no beta
+            continue
         points = curves.setdefault(curve, {})
         for x in runs:
             points.setdefault(x.run.beta, []).append(x)
-    curves = {curve: points for curve, points in curves.items()
-              if len(points) > 1 and curve.split()[0] != "standard"}
+    curves = {curve: points for curve, points in curves.items() if len(points) > 1}
     for curve, name in itertools.product(curves, names):
         if curve != "adv" and "adv" in curves:
             gain = tradeoff_gain(curves["adv"], curves[curve], name)
@@ -1080,8 +1088,11 @@ def command(main):
 
 def check_first(args):
     """Raises InputError for what is cheap to check, before hours are spent on attacks."""
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        raise InputError("--plot needs matplotlib: pip install matplotlib")
+    if args.plot:
+        try:
+            importlib.import_module("matplotlib.figure")
+        except ImportError:
+            raise InputError("--plot needs matplotlib: pip install matplotlib") from None
     seen = {}
     for folder in args.runs:
         s, _ = settings_of(folder)

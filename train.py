@@ -357,9 +357,9 @@ def average(model, totals, world):
 def run(task, table, s, folder, overwrite, known):
     """Trains one method with one seed in its folder.
 
-    known: {fingerprint of the encoder: [T, T_dev]}, the teacher's features, shared by the
-    runs of a command; filled here. Raises InputError for settings that do not fit the model, the
-    data, or a run that is there.
+    known: {fingerprint of the encoder: [T, T_dev]}, the teacher's features, shared by the runs of
+    a command; filled here. Raises InputError for settings that do not fit the model, the data, or a
+    run that is there.
     """
     rank, world = processes()
     torch.manual_seed(s.seed)                           # for the head and the projections

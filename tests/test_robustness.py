@@ -324,7 +324,7 @@ def test_bad_input_to_evaluation_is_one_line(here, capsys, files, arguments, mes
 
 
 def test_without_matplotlib_it_is_one_line(here, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install matplotlib" in refused(capsys, eval.main, [RUN, "--plot", "figure.png"])
 
 

@@ -149,8 +149,8 @@ def test_a_step_is_the_plain_formulation(plain_words, model_folder, tmp_path, me
     task = write_task(tmp_path / "task", labels, n=8, pair=len(labels) == 3)
     model_folder = without_dropout(model_folder, tmp_path / "model")
     more = ["--epochs", 1, "--batch-size", 4 * len(labels), "--beta", 30, "--alpha", 2, "--tau",
-            0.5, "--adv-steps", 4, "--weight-decay", 1, "--seeds", 3, "--method", method, "--pooling",
-            pooling]
+            0.5, "--adv-steps", 4, "--weight-decay", 1, "--seeds", 3, "--method", method,
+            "--pooling", pooling]
     arguments = command(task, model_folder, tmp_path / "runs", *more)
     train.main(arguments)
 
