@@ -385,7 +385,8 @@ def bootstrap(statistic, *groups, draws=10_000, seed=0):
     groups: arrays (R, N) or (R, N, M): R runs, N texts, M numbers for each. statistic: is given,
     for D draws at once, each group's mean over runs and texts, (D,) or (D, M), and returns (D,).
     Texts are resampled, and runs too if every group has several: one run does not show how much
-    runs differ.
+    runs differ. Of R runs R - 1 are drawn, with which the variance of their mean is unbiased;
+    drawing R makes it (R - 1) / R of that (McCarthy and Snowden 1985).
     Returns (value, low, high).
     """
     groups = [np.asarray(x, float) for x in groups]
@@ -395,8 +396,9 @@ def bootstrap(statistic, *groups, draws=10_000, seed=0):
     for _ in range(draws // D):
         texts, means = rng.integers(N, size=(D, N)), []
         for x in groups:
-            share = np.full(len(x), 1 / len(x))
-            runs = rng.multinomial(len(x), share, size=D) / len(x) if several else [share] * D
+            R = len(x)
+            share = np.full(R, 1 / R)
+            runs = rng.multinomial(R - 1, share, size=D) / (R - 1) if several else [share] * D
             mixed = np.einsum("dr,rn...->dn...", runs, x)                       # (D, N, ..)
             means.append(mixed[np.arange(D)[:, None], texts].mean(1))           # (D, ..)
         values.append(statistic(*means))
