@@ -275,7 +275,8 @@ def prepare_nltk(data_dir=None, wordnet=False):
     """Makes NLTK's sentence tokenizer, and WordNet if asked for, available in this process: from
     data_dir, the cache or NLTK's own folders. Only what is in none of them is downloaded."""
     own = cache_dir() / "nltk_data"
-    for path in (own, *find(data_dir, "nltk_data.tar.gz", "nltk_data")):
+    # data_dir's is found first, so it is put in front last
+    for path in (own, *reversed(find(data_dir, "nltk_data.tar.gz", "nltk_data"))):
         folder = unpack(path) / "nltk_data" if path.suffix == ".gz" else path.resolve()
         if str(folder) not in nltk.data.path:
             nltk.data.path.insert(0, str(folder))

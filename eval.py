@@ -465,7 +465,7 @@ def make_plan(s, args):
     elif constraint(s, args) != "none":
         try:
             model = attacks.CausalLM(model_folder(args.lm_constraint), pick_device(args.device))
-        except (OSError, ValueError) as error:
+        except Exception as error:          # whatever is wrong with it, transformers says it
             raise InputError(f"--lm-constraint {args.lm_constraint}: neither none, scores nor a "
                              f"causal language model ({first_line(error)})") from None
         allowed = lambda index, words, synonyms: attacks.lm_constraint(words, synonyms, model)
@@ -630,7 +630,7 @@ def earlier(eval_path, lines_path, settings):
                 raise InputError(f"{eval_path}: holds {name} with {key} {str(then.get(key))[:40]}, "
                                  f"not {str(now[key])[:40]}; --overwrite forgets all attacks on "
                                  "this run and split")
-    for line in data.read_lines(lines_path) if lines_path.exists() else []:
+    for line in data.read_lines(lines_path):
         done.setdefault(line["attack"], {})[line["index"]] = line
     return before, done
 
@@ -687,6 +687,19 @@ def run_table(evaluations, names):
     return rows
 
 
+def own_settings(s, *free):
+    """The settings that set a run apart from others, a dict, without those named by `free`.
+
+    Left out are also the incidental ones, and the weights of terms that its method does not have:
+    adv at two values of alpha is one and the same.
+    """
+    weights = {weight for terms in rift.METHODS.values() for weight in terms.values()}
+    unused = weights - set(rift.METHODS[s.method].values())
+    # without None: a run made before a flag existed is one without that flag
+    return {key: value for key, value in vars(s).items()
+            if key not in {*INCIDENTAL, *free, *unused} and value is not None}
+
+
 def by_settings(runs, *free):
     """{name: [run, ..]}: runs that differ in nothing but the seed and the settings named by `free`.
 
@@ -695,10 +708,7 @@ def by_settings(runs, *free):
     """
     groups = {}
     for x in runs:
-        own = {"seed", *INCIDENTAL, *free}
-        # without None: a run made before a flag existed is one without that flag
-        s = {key: value for key, value in vars(x.run).items()
-             if key not in own and value is not None}
+        s = own_settings(x.run, "seed", *free)
         groups.setdefault(json.dumps(s, sort_keys=True), (s, []))[1].append(x)
     named = {}
     for s, same in groups.values():
@@ -867,17 +877,18 @@ def spread(values, n=None):
     return mean, max(mean - low, 0), max(high - mean, 0)
 
 
+ASKED = "seed", "population", "generations", "lm_constraint", "max_queries"     # of eval.py
+
+
 def read_finished(folder, attack, split):
-    """A finished run for the figures: run (its settings), scores {"clean", attack}, n texts, log
-    (a dict an epoch), kept (the line of the kept epoch).
+    """A finished run for the figures: folder, run (its settings), scores {"clean", attack}, n texts,
+    log (a dict an epoch), kept (the line of the kept epoch), how (what the attack was given).
 
     The scores are those of eval.json. If hull is missing there, it is the one that train.py
     measured: on dev for the kept epoch, on test for the whole split. Raises InputError where the
     attack is missing.
     """
     s, _ = settings_of(folder)
-    if s.method not in rift.METHODS:
-        raise InputError(f"{folder}: its method {s.method} is not in rift.METHODS: add it there")
     metrics, log = data.read_json(folder / "metrics.json"), data.read_lines(folder / "log.jsonl")
     kept = next((line for line in log if line["epoch"] == metrics.get("best_epoch")), None)
     if kept is None:
@@ -892,7 +903,9 @@ def read_finished(folder, attack, split):
         raise InputError(f"{folder}: its last evaluation on {split} was without {attack}: first "
                          f"run eval.py {folder} --attacks {attack} --split {split}")
     n = scores.get("num_examples") or scores.get("test_examples")
-    return SimpleNamespace(run=s, scores=scores, n=n, log=log, kept=kept)
+    given = scores.get("settings", {}).get(attack, {})
+    how = {"num_examples": n} | {key: given[key] for key in ASKED if key in given}
+    return SimpleNamespace(folder=folder, run=s, scores=scores, n=n, log=log, kept=kept, how=how)
 
 
 def points_over(runs, key, measures):
@@ -973,7 +986,7 @@ def plot(folders, path, attack, split):
     """Draws what the runs of a task vary: accuracy over alpha, clean against robust accuracy over
     beta; where they vary neither, forgetting over the epochs. Prints a table of forgetting.
 
-    Raises InputError where a run lacks what is drawn.
+    Raises InputError where a run lacks what is drawn, or runs were evaluated differently.
     """
     from matplotlib.figure import Figure                # not at the top: matplotlib is optional
     tasks = {}
@@ -989,6 +1002,11 @@ def plot(folders, path, attack, split):
         if any(len({s.beta for s in of[method]}) > 1 for method in of if method != "standard"):
             panels.append((draw_tradeoff, title, runs, {}))
         if len(panels) > before:
+            for x in runs:
+                if x.how != runs[0].how:
+                    raise InputError(f"--plot: {x.folder} was evaluated with {x.how}, but "
+                                     f"{runs[0].folder} with {runs[0].how}; evaluate all runs with "
+                                     "one command first")
             continue
         for label, measure in FORGETTING.items():
             having = [x for x in runs if measure(x.kept) is not None]
@@ -1090,6 +1108,8 @@ def command(main):
 
 def check_first(args):
     """Raises InputError for what is cheap to check, before hours are spent on attacks."""
+    if args.csv and not args.attacks:
+        raise InputError("--csv writes what --attacks found: which attacks?")
     if args.plot:
         try:
             importlib.import_module("matplotlib.figure")
@@ -1098,8 +1118,10 @@ def check_first(args):
     seen = {}
     for folder in args.runs:
         s, _ = settings_of(folder)
-        own = {key: value for key, value in vars(s).items() if key not in INCIDENTAL}
-        twin = seen.setdefault(json.dumps(own, sort_keys=True), folder)
+        if s.method not in rift.METHODS:
+            raise InputError(f"{folder}: its method {s.method} is not in rift.METHODS: add it "
+                             "there")
+        twin = seen.setdefault(json.dumps(own_settings(s), sort_keys=True), folder)
         if twin != folder:
             raise InputError(f"{folder}: has the settings and the seed of {twin}; give one of them "
                              "(if the code differs, it is a new method in rift.METHODS)")

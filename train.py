@@ -74,6 +74,8 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
                                {"params": own, "weight_decay": s.weight_decay}],
                               lr=s.lr, eps=s.adam_eps, fused=True)
     log, best = load_checkpoint(folder, model, adamw)
+    if rank == 0 and log and best["epoch"] == len(log):     # if it was killed between the two files
+        data.save_tensors(folder / "best.safetensors", trained(model))
 
     for epoch in range(len(log) + 1, s.epochs + 1):
         for group in adamw.param_groups:
@@ -126,11 +128,11 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
         score = [line["dev_hull"], line["dev_clean"]] if adversarial else [line["dev_clean"]]
         if best is None or score >= best["score"]:                          # of equals the later
             best = {"epoch": epoch, "score": score}
-            if rank == 0:
-                data.save_tensors(folder / "best.safetensors", trained(model))
         if rank == 0:
             data.write_atomically(folder / "log.jsonl", "".join(json.dumps(x) + "\n" for x in log))
             save_checkpoint(folder, model, adamw, log, best)
+            if best["epoch"] == epoch:
+                data.save_tensors(folder / "best.safetensors", trained(model))
             shown = " ".join(f"{key} {value:.4g}" for key, value in line.items())
             tqdm.write(f"{s.method} seed {s.seed}: {shown}", file=sys.stderr)
 
@@ -284,15 +286,13 @@ def load_checkpoint(folder, model, adamw):
         raise InputError(f"{path}: of another run, or damaged") from None
 
 
-def open_folder(folder, config, overwrite):
+def open_folder(folder, config):
     """Prepares a run's folder; returns False if the run in it is finished, else True.
 
-    A run in it is removed if `overwrite`, else resumed. Raises InputError where it has other
-    settings, data or number of processes. check_first() has already refused a folder with a run
-    where neither flag is given.
+    A run in it is resumed; main() has refused or removed it if that was not asked for. Raises
+    InputError where it has other settings, data or number of processes.
     """
-    there = (folder / "config.json").exists() and not overwrite
-    if there:
+    if (folder / "config.json").exists():
         _, before = eval.settings_of(folder, finished=False)
         for part in ("settings", "fingerprints"):
             for key, value in config[part].items():
@@ -354,7 +354,7 @@ def average(model, totals, world):
 # ---- One run: a method and a seed ----------------------------------------------------------------
 
 
-def run(task, table, s, folder, overwrite, known):
+def run(task, table, s, folder, known):
     """Trains one method with one seed in its folder.
 
     known: {fingerprint of the encoder: [T, T_dev]}, the teacher's features, shared by the runs of
@@ -371,7 +371,7 @@ def run(task, table, s, folder, overwrite, known):
               "processes": world,
               "versions": {"python": platform.python_version(), "torch": torch.__version__,
                            "transformers": transformers.__version__, "numpy": np.__version__}}
-    if rank == 0 and open_folder(folder, config, overwrite):
+    if rank == 0 and open_folder(folder, config):
         data.write_json(folder / "neighbors.json", table)
     if world > 1:
         dist.barrier()
@@ -536,6 +536,7 @@ def parse(argv):
     task = named.parse_known_args(argv)[0].task
     p.set_defaults(**TASKS.get(task, TASKS["imdb"]))
     args = p.parse_args(argv)
+    args.task = str(Path(task))                         # FOLDER/ is FOLDER
     if task not in TASKS and not Path(task).is_dir():
         raise InputError(f"--task {task}: no such folder, and not toy, imdb or snli")
     if task == "toy" and args.model != "toy":
@@ -601,12 +602,15 @@ def main(argv):
     if s.batch_size < 2 * len(task.labels):             # before the teacher reads all texts
         raise InputError(f"--batch-size {s.batch_size}: wanted at least {2 * len(task.labels)}, "
                          f"two texts of each of {len(task.labels)} classes")
+    if args.overwrite and rank == 0:    # all now: after a stop --resume must find no old run
+        for folder in folders.values():
+            data.remove(folder / "config.json")         # a folder without it holds no run
     known, begun = {}, []
     for (method, seed), folder in folders.items():
         begun.append(folder)
         settings = SimpleNamespace(**vars(s) | {"method": method, "seed": seed})
         try:
-            run(task, table, settings, folder, args.overwrite, known)
+            run(task, table, settings, folder, known)
         except KeyboardInterrupt:
             goes_on = len(begun) > 1 or (folder / "checkpoint.safetensors").exists()
             flag = "--resume in place of --overwrite" if "--overwrite" in argv else "--resume"

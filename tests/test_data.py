@@ -174,6 +174,15 @@ def test_files_of_a_run_come_back_or_are_refused_in_one_line(tmp_path):
             read(tmp_path / "no")
 
 
+def test_nltk_data_of_the_data_folder_comes_before_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setattr(nltk.tokenize, "punkt_model_available", lambda: True)
+    for folder in (tmp_path, data.cache_dir()):
+        (folder / "nltk_data").mkdir(parents=True)
+    data.prepare_nltk(tmp_path)
+    assert nltk.data.path == [str(x / "nltk_data") for x in (tmp_path, data.cache_dir())]
+
+
 def test_missing_nltk_data_says_how_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(nltk.tokenize, "punkt_model_available", lambda: False)
     monkeypatch.setattr(nltk, "download", lambda *args, **kwargs: False)

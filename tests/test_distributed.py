@@ -30,7 +30,10 @@ CASES = [("standard", 2), ("adv-ptwd", 2), ("rift", 2), ("rift", 3), ("rift-marg
 
 
 def losses_and_gradients(method, C):
-    """One batch of 4 texts a class through adversary, loss and backward: this process's share."""
+    """One batch of 4 texts a class through adversary, loss and backward: this process's share.
+
+    Returns (this process's terms, their means over the processes, the gradients' means).
+    """
     rank, world = train.processes()
     torch.manual_seed(0)
     encoder = tiny_encoder("bert", initializer_range=0.2)
@@ -44,17 +47,19 @@ def losses_and_gradients(method, C):
     terms = rift.objective(model(**part, y=y[rows], w=w, T=T[rows]), method,
                            dict(beta=10, alpha=0.1, ptwd=0.01))
     terms["loss"].backward()
-    train.average(model, Counter(), world)
+    own = {name: value.item() for name, value in terms.items()}
+    means = train.average(model, Counter(own), world)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name: value.item() for name, value in terms.items()}, gradients
+    return own, means, gradients
 
 
 def one_of_two(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for method, C in CASES:
-        terms, gradients = losses_and_gradients(method, C)
-        data.save_tensors(f"{folder}/{method}-{C}-{rank}", gradients, terms)
+        own, means, gradients = losses_and_gradients(method, C)
+        about = {"own": own, "means": means}
+        data.save_tensors(f"{folder}/{method}-{C}-{rank}", gradients, about)
     dist.destroy_process_group()
 
 
@@ -68,12 +73,11 @@ def two_processes(tmp_path_factory):
 
 @pytest.mark.parametrize("method, C", CASES)
 def test_two_processes_are_one(two_processes, method, C):
-    terms, gradients = losses_and_gradients(method, C)
+    terms, _, gradients = losses_and_gradients(method, C)
     both = [data.load_tensors(two_processes / f"{method}-{C}-{rank}") for rank in (0, 1)]
-    mean = {name: np.mean([terms_2[name] for _, terms_2 in both]) for name in terms}
-    assert mean == pytest.approx(terms, rel=1e-4, abs=1e-6)
-    for gradients_2, terms_2 in both:
-        assert terms_2.get("info", 0) == pytest.approx(terms.get("info", 0), rel=1e-4)
+    for gradients_2, about in both:
+        assert about["means"] == pytest.approx(terms, rel=1e-4, abs=1e-6)
+        assert about["own"].get("info", 0) == pytest.approx(terms.get("info", 0), rel=1e-4)
         assert gradients_2.keys() == gradients.keys()
         for name, gradient in gradients.items():
             atol = 1e-4 * gradient.abs().max().item() + 1e-8

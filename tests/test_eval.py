@@ -113,6 +113,16 @@ def test_a_run_loads_to_the_predictions_of_training(runs, kind, method):
     assert texts != [victim.vocabulary.visible(x.words) for x in examples]
 
 
+def test_the_hull_attack_is_against_the_label(runs):
+    """It takes more probability from the class that it is told than from the other one."""
+    run = runs["texts"] / "standard"
+    victim, examples = eval.load_run(run, "cpu"), examples_of(run)
+    told = [examples, [x._replace(y=1 - x.y) for x in examples]]
+    P, P_other = (victim.probabilities(eval.hull_attack(victim, some, steps=3)[2]) for some in told)
+    rows, y = np.arange(len(examples)), [x.y for x in examples]
+    assert P[rows, y].mean() < P_other[rows, y].mean() - 0.01
+
+
 def test_batches_do_not_matter(runs):
     """A text has its probabilities whatever is beside it, and in the hull noise of its own."""
     run = runs["pairs"] / "rift"
@@ -488,10 +498,15 @@ def test_other_settings_and_other_weights_are_refused(run, capsys, tmp_path, mon
 
 @pytest.mark.parametrize("second, message", [
     ("rift", "has the settings and the seed of"),               # a copy is no second run
+    ("ptwd", "has the settings and the seed of"),               # nor is one that differs in nothing
+    ("method", "its method own is not in rift.METHODS"),
     ("unfinished", "the run is not finished"),
 ])
 def test_no_run_is_attacked_before_all_are_checked(run, tmp_path, capsys, second, message):
     shutil.copytree(run, tmp_path / second)
+    config = data.read_json(run / "config.json")
+    config["settings"] |= {"ptwd": {"ptwd": 7}, "method": {"method": "own"}}.get(second, {})
+    data.write_json(tmp_path / second / "config.json", config)
     if second == "unfinished":
         (tmp_path / second / "metrics.json").unlink()
     with pytest.raises(SystemExit):
@@ -702,6 +717,21 @@ def test_accuracy_is_drawn_over_alpha_and_over_beta(runs, draw):
     assert all(np.allclose(curves(trade_off)[name], expected[name]) for name in expected)
     assert np.allclose(bar_of(trade_off, "adv", 0), eval.wilson(8, 16))
     assert [text.get_text() for text in trade_off.texts] == ["1", "5"] * 3
+
+
+def test_runs_that_were_attacked_differently_are_not_drawn_together(runs, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    found = list(copies(runs["texts"] / "adv", lambda s: (0, 0), beta=[2.0, 3.0]))
+    drawn = [*found, "--plot", tmp_path / "figure", "--plot-attack", "pwws"]
+    evaluate(*found, "--attacks", "pwws", "--num-examples", 5)
+    evaluate(*drawn)
+    for more, said in ((["--num-examples", 6], "'num_examples': 6"), (["--seed", 1], "'seed': 1")):
+        evaluate(found[1], "--attacks", "pwws", "--num-examples", 5, *more, "--overwrite")
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            evaluate(*drawn)
+        error = capsys.readouterr().err
+        assert f"{found[1]} was evaluated with" in error and said in error
 
 
 def test_figures_show_attacks_and_of_dev_the_kept_epoch(run):

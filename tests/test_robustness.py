@@ -257,6 +257,7 @@ BAD_EVAL = [
     ({}, ["--attacks", "hotflip"], "invalid choice: 'hotflip'"),
     ({}, ["--num", "3"], "unrecognized arguments: --num 3"),
     ({}, [*GENETIC, "scores", "--data-dir", "/nowhere"], "/nowhere: "),
+    ({}, ["--csv", "texts.csv"], "--csv writes what --attacks found: which attacks?"),
     ({}, [*GENETIC, "bert"], "--lm-constraint bert: neither none, scores nor a causal lang"),
     ({}, ["--plot", "figure.docx"], "figure.docx: Format 'docx' is not supported"),
     ({}, ["--plot", "figure.png", "--plot-attack", "genetic"], "on test was without genetic"),

@@ -301,7 +301,6 @@ def test_every_method_trains_and_its_run_loads(plain_words, model_folder, tmp_pa
                   "params_l2"}
         info = {"dev_info", "info_n"} if "info" in terms else set()
         assert all(line.keys() == always | terms | info for line in log)
-        assert all(line["dev_hull"] <= line["dev_clean"] for line in log)
         assert metrics["method"] == method and 0 <= metrics["hull"] <= 1
         files = {path.name for path in folder.iterdir()}
         assert files == {"config.json", "encoder", "log.jsonl", "metrics.json", "model.safetensors",
@@ -357,6 +356,27 @@ def test_the_best_epoch_on_dev_is_kept(task, bert, tmp_path, monkeypatch, method
     assert read(long / "metrics.json")["best_epoch"] == best
 
 
+def test_a_run_stopped_before_its_best_weights_are_written_keeps_them(task, bert, tmp_path, capsys,
+                                                                      monkeypatch):
+    """They are in the checkpoint, and no epoch is repeated for them."""
+    arguments = ["--method", "standard", "--schedule", 1]
+    scores, written, save = [0.5, 0.9, 0.5, 0.9], [], data.save_tensors
+    monkeypatch.setattr(train, "measure", lambda *_: {"dev_clean": scores.pop(0), "dev_hull": 0})
+    train.main(command(task, bert, tmp_path / "whole", *arguments))
+
+    def stops(path, *more):
+        written.append(path.name)
+        if written.count("best.safetensors") == 2:
+            raise KeyboardInterrupt
+        save(path, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "save_tensors", stops)
+        stopped(capsys, command(task, bert, tmp_path / "stopped", *arguments), 130)
+    train.main(command(task, bert, tmp_path / "stopped", *arguments, "--resume"))
+    assert same_weights(tmp_path / "whole" / "standard", tmp_path / "stopped" / "standard")
+
+
 def test_the_test_texts_decide_nothing(task, bert, tmp_path):
     """With the wrong labels for all of them the run is the same, only its test accuracy is not."""
     arguments = ["--method", "rift", "--epochs", 3, "--schedule", 1]
@@ -389,6 +409,25 @@ def test_a_model_that_has_not_moved_has_forgotten_nothing(task, bert, tmp_path):
     assert line["dev_cka"] == pytest.approx(1) and line["params_l2"] == pytest.approx(1e-5)
     assert line["dev_retained"] > 0.95
     assert line["info_n"] == 4 and abs(line["dev_info"] - math.log(4)) < 1      # random g and h
+
+
+def test_what_is_measured_of_what(task, bert, tmp_path, monkeypatch):
+    """dev_retained: what clean S says about T; dev_info: what S of adversarial texts does."""
+    given = {}
+    for module, name in ((rift, "retained"), (train, "held_out_info")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, real=real: (
+            given.update({name: a}) or real(*a)))
+    train.main(command(task, bert, tmp_path / "runs", "--lr", 1e-2, "--epochs", 1))
+    _, _, _, S, T, _ = given["retained"]
+    _, S_hat, T_info, *_ = given["held_out_info"]
+    victim = eval.load_run(tmp_path / "runs" / "rift", "cpu")
+    s, _ = eval.settings_of(tmp_path / "runs" / "rift")
+    dev = eval.open_task(s).dev
+    assert torch.allclose(S, victim.features([x.words for x in dev]), atol=1e-5)
+    found = eval.hull_attack(victim, dev, **eval.search_settings(s))[2]
+    assert torch.allclose(S_hat, found, atol=1e-5) and not torch.allclose(S_hat, S, atol=1e-2)
+    assert torch.equal(T, T_info) and not torch.allclose(T, S, atol=1e-2)
 
 
 @pytest.mark.parametrize("marginal", [False, True])
@@ -478,6 +517,17 @@ def test_a_folder_that_holds_a_run_is_not_touched(task, bert, tmp_path, capsys):
     assert before == {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()}
     train.main([*arguments, "--overwrite", "--seeds", "5"])
     assert read(tmp_path / "runs" / "standard" / "metrics.json")["seed"] == 5
+
+
+def test_overwrite_leaves_no_old_run_to_go_on_with(task, bert, tmp_path, capsys, monkeypatch):
+    """Stopped in the first of two runs, --resume makes both anew."""
+    arguments = command(task, bert, tmp_path / "runs", "--method", "standard", "adv", "--epochs", 1)
+    train.main(arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(rift, "objective", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        stopped(capsys, [*arguments, "--lr", "0.5", "--overwrite"], 130)
+    train.main([*arguments, "--lr", "0.5", "--resume"])
+    assert [log_of(tmp_path / "runs" / x)[0]["lr"] for x in ("standard", "adv")] == [0.5] * 2
 
 
 # ---- Bad input is refused early ------------------------------------------------------------------
