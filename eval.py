@@ -385,8 +385,8 @@ def bootstrap(statistic, *groups, draws=10_000, seed=0):
     groups: arrays (R, N) or (R, N, M): R runs, N texts, M numbers for each. statistic: is given,
     for D draws at once, each group's mean over runs and texts, (D,) or (D, M), and returns (D,).
     Texts are resampled, and runs too if every group has several: one run does not show how much
-    runs differ. Of R runs R - 1 are drawn, with which the variance of their mean is unbiased;
-    drawing R makes it (R - 1) / R of that (McCarthy and Snowden 1985).
+    runs differ. Of R runs R - 1 are drawn, because drawing R understates the variance of their mean
+    by the factor (R - 1) / R (McCarthy and Snowden 1985).
     Returns (value, low, high).
     """
     groups = [np.asarray(x, float) for x in groups]
@@ -640,9 +640,10 @@ def earlier(eval_path, lines_path, settings):
 LEGEND = """
 N: texts, the same for every run. clean: the share of them that is classified right. Each attack:
 the share that is right and stays right under the attack. Both with a 95% Wilson interval. hull: the
-adversary of training made discrete, a quick stand-in for the attacks. words: share of the words
-that successful attacks changed. queries: texts that the attack asked for, on average (hull: forward
-passes). fixed: share of the attacked texts in which no word has a synonym."""
+search of training, but against the true label and rounded to words, a quick stand-in for the
+attacks. words: share of the words that successful attacks changed. queries: different texts that
+the attack asked about, on average (hull: forward passes). fixed: share of the attacked texts in
+which no word has a synonym."""
 
 
 def show(title, rows):
@@ -881,8 +882,8 @@ ASKED = "seed", "population", "generations", "lm_constraint", "max_queries"     
 
 
 def read_finished(folder, attack, split):
-    """A finished run for the figures: folder, run (its settings), scores {"clean", attack}, n texts,
-    log (a dict an epoch), kept (the line of the kept epoch), how (what the attack was given).
+    """A finished run for the figures: its folder, run (its settings), scores {"clean", attack}, n
+    texts, log (a dict an epoch), kept (the line of the kept epoch), how (the attack's settings).
 
     The scores are those of eval.json. If hull is missing there, it is the one that train.py
     measured: on dev for the kept epoch, on test for the whole split. Raises InputError where the
@@ -983,8 +984,8 @@ def forgetting_table(runs):
 
 
 def plot(folders, path, attack, split):
-    """Draws what the runs of a task vary: accuracy over alpha, clean against robust accuracy over
-    beta; where they vary neither, forgetting over the epochs. Prints a table of forgetting.
+    """Draws accuracy over alpha, and clean against robust accuracy over beta, where the runs of a
+    task differ in these; else forgetting over the epochs. Prints a table of forgetting.
 
     Raises InputError where a run lacks what is drawn, or runs were evaluated differently.
     """
@@ -1049,14 +1050,15 @@ def parse(argv):
          help=f"any of {', '.join(ATTACKS)}; without any, clean accuracy only")
     flag("--num-examples", type=positive, default=300, metavar="N",
          help="texts to attack; paper: 1000, authors' code: 300")
-    flag("--split", choices=("test", "dev"), default="test", help="dev to choose, test to report")
+    flag("--split", choices=("test", "dev"), default="test",
+         help="dev to choose settings by, test to report")
     flag("--population", type=number(int, 2), default=60, metavar="N",
          help="texts in a generation of the genetic attack")
     flag("--generations", type=positive, default=40, metavar="N",
          help="generations of the genetic attack")
     flag("--lm-constraint", metavar="SOURCE", help="judges which synonyms the genetic attack may "
          "use: none, scores (the published file, which knows only some texts) or a causal language "
-         "model's name or folder; None: scores for imdb and snli, else none")
+         "model's name or folder; by default scores for imdb and snli, else none")
     flag("--max-queries", type=positive, metavar="N", help="texts that are sent for "
          "one example at most; one that would need more survives")
     flag("--seed", type=number(int, 0), default=0, metavar="S",
@@ -1073,9 +1075,9 @@ def parse(argv):
     flag("--show", type=number(int, 0), default=2, metavar="N",
          help="adversarial texts printed for each run and attack")
     flag("--csv", type=Path, metavar="FILE", help="write the original and adversarial texts")
-    flag("--plot", type=Path, metavar="FILE", help="draw what the runs vary: accuracy over alpha, "
-         "clean against robust accuracy over beta, or forgetting; without --attacks nothing is "
-         "attacked")
+    flag("--plot", type=Path, metavar="FILE", help="draw accuracy over alpha or clean against "
+         "robust accuracy over beta where runs differ in them, else forgetting; without --attacks "
+         "nothing is attacked")
     flag("--plot-attack", choices=ATTACKS, default="hull", metavar="NAME",
          help="the attack under which --plot draws accuracy")
     args = p.parse_args(argv)

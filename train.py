@@ -289,7 +289,7 @@ def load_checkpoint(folder, model, adamw):
 def open_folder(folder, config):
     """Prepares a run's folder; returns False if the run in it is finished, else True.
 
-    A run in it is resumed; main() has refused or removed it if that was not asked for. Raises
+    A run that is there is resumed: without --resume, main() has refused or removed it. Raises
     InputError where it has other settings, data or number of processes.
     """
     if (folder / "config.json").exists():
