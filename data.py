@@ -417,8 +417,8 @@ def choose(splits, labels, sizes, split_seed, where):
     """{split: [(texts, y), ..]}: the examples to use of train, dev and test, in random order.
 
     sizes: {split: n}: n examples, equally many of each class (n is rounded down); None: all.
-    Without a dev split, a tenth of each class of train, at least 2 texts and at most 1,000 in all,
-    becomes dev (or as many as sizes says), and texts that are in dev leave train. Subsets and their
+    Without a dev split, a tenth of each class of train (at least 2 of its texts, at most 1,000 of
+    all classes) becomes dev, or as many as sizes says, and texts that are in dev leave train. Subsets and their
     order depend on split_seed alone, so every method and seed sees the same texts, and the first n
     of a split are a random sample of it.
     """
@@ -729,8 +729,7 @@ class Vocabulary:
     tokenizer: a Hugging Face tokenizer. max_len: longest input in tokens, special tokens included.
     neighbors: a substitution table. unknown: what a word outside the vocabulary becomes, "piece"
     (the first piece that the tokenizer gives for it) or "unk". max_candidates: of a position, the
-    word itself included. No word becomes a special token, even one written "[SEP]"; only a word
-    without any token becomes [UNK].
+    word itself included. No word becomes a special token other than [UNK], even one written "[SEP]".
     """
 
     def __init__(self, tokenizer, max_len, neighbors=None, unknown="piece", max_candidates=10):

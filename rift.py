@@ -388,7 +388,7 @@ def debiased_cka(S, T):
 
 
 def retained(S, T, y, S_dev, T_dev, y_dev):
-    """How much of what T knows within classes can be read off S: the linear cousin of I(S;T|Y).
+    """How much of what T knows within classes can be read off S: a linear stand-in for I(S;T|Y).
 
         R^2 = 1 - sum ||T - T^||^2 / sum ||T - mean of T's class||^2   over the dev texts
 

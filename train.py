@@ -530,7 +530,7 @@ def parse(argv):
          "seeds OUT/METHOD-SEED; None: runs/TASK")
     flag("--resume", action="store_true", help="go on with runs that were stopped")
     flag("--overwrite", action="store_true", help="replace runs that are there (the toy "
-         "task in runs/toy always does)")
+         "task in runs/toy does so unless --resume is given)")
     named = argparse.ArgumentParser(add_help=False)
     named.add_argument("--task", default="toy")
     task = named.parse_known_args(argv)[0].task
