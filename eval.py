@@ -533,8 +533,9 @@ def evaluate(folder, plan, args):
     """The Evaluation of one run: clean accuracy and every attack asked for, on the chosen texts.
 
     Writes eval.json, attacks.jsonl and, for the test split, the accuracy under each attack but hull
-    into metrics.json. Texts that attacks.jsonl already has are not attacked again. Raises
-    InputError if they were attacked with other settings or other weights.
+    into metrics.json. Texts that attacks.jsonl already has are not attacked again, and an earlier
+    attack that covers all chosen texts is written there too. Raises InputError if they were
+    attacked with other settings or other weights.
     """
     s, config = settings_of(folder)
     table = open_table(s, plan.task, args.neighbors, args.data_dir) if args.neighbors else None
@@ -560,17 +561,22 @@ def evaluate(folder, plan, args):
     suffix = "" if args.split == "test" else f"-{args.split}"
     eval_path, lines_path = folder / f"eval{suffix}.json", folder / f"attacks{suffix}.jsonl"
     before, done = ({}, {}) if args.overwrite else earlier(eval_path, lines_path, settings)
-    record = before if before.get("num_examples") == len(plan.chosen) else {}
-    record |= {"num_examples": len(plan.chosen),
-               "settings": before.get("settings", {}) | settings}
-    write_lines(lines_path, done)           # drops a last line that was cut off
-    data.write_json(eval_path, record)      # first the settings, then the lines made with them
-
     texts = {i: data.to_text(victim.vocabulary.visible(x.words)) for i, x in plan.chosen.items()}
     P = attacks.check_probabilities(victim(list(texts.values())), len(texts))   # (N, C)
     clean = P.argmax(1) == [x.y for x in plan.chosen.values()]                  # (N,)
     attacked = [i for i, right in zip(texts, clean) if right]
-    record["clean"] = float(clean.mean())
+
+    def survived(lines):                                                        # (N,)
+        # by the last prediction: in bf16 a text right by a hair may be wrong in another batch
+        kept = {i for i in attacked if lines[i]["prediction"] == lines[i]["label"]}
+        return np.array([i in kept for i in texts])
+
+    record = {"num_examples": len(texts), "settings": before.get("settings", {}) | settings,
+              "clean": float(clean.mean())}
+    record |= {name: float(survived(lines).mean()) for name, lines in done.items()
+               if lines.keys() >= set(attacked)}
+    write_lines(lines_path, done)           # drops a last line that was cut off
+    data.write_json(eval_path, record)      # first the settings, then the lines made with them
     found = Evaluation(str(folder), s, config["labels"], {"clean": clean}, {}, settings)
     for name in args.attacks:
         lines = done.setdefault(name, {})
@@ -579,9 +585,7 @@ def evaluate(folder, plan, args):
             keep(run_attack(name, own[name], victim, tables[name], plan, texts, pending, args),
                  lines, lines_path)
         found.lines[name] = [lines[i] for i in attacked]
-        # by the last prediction: in bf16 a text right by a hair may be wrong in another batch
-        survived = {i for i in attacked if lines[i]["prediction"] == lines[i]["label"]}
-        found.robust[name] = np.array([i in survived for i in texts])
+        found.robust[name] = survived(lines)
         record[name] = float(found.robust[name].mean())
         if not sys.stderr.isatty():
             print(f"{folder}: {name} {record[name]:.3f} (N {len(texts)})", file=sys.stderr)

@@ -472,6 +472,18 @@ def test_more_examples_and_attacks_go_on_from_the_finished_ones(run):
     assert not any("genetic" in content for content in files_of(run).values())
 
 
+def test_a_look_at_fewer_texts_keeps_what_the_attacks_found_on_them(run):
+    evaluate(run, *BOTH, "--num-examples", 10)
+    evaluate(run, "--num-examples", 6)
+    without_attacks = files_of(run)
+    evaluate(run, *BOTH, "--num-examples", 6, "--overwrite")
+    attacked = files_of(run)
+    assert all(json.loads(without_attacks[name]) == json.loads(attacked[name])
+               for name in FILES[1:])
+    evaluate(run, "--num-examples", 9)
+    assert "pwws" not in data.read_json(run / "eval.json")      # three of them were not attacked
+
+
 @pytest.mark.parametrize("more, message", [
     (["--seed", 1], "holds clean with seed 0, not 1"),
     (["--population", 7], "holds genetic with population 6, not 7"),
