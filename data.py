@@ -418,9 +418,9 @@ def choose(splits, labels, sizes, split_seed, where):
 
     sizes: {split: n}: n examples, equally many of each class (n is rounded down); None: all.
     Without a dev split, a tenth of each class of train (at least 2 of its texts, at most 1,000 of
-    all classes) becomes dev, or as many as sizes says, and texts that are in dev leave train. Subsets and their
-    order depend on split_seed alone, so every method and seed sees the same texts, and the first n
-    of a split are a random sample of it.
+    all classes) becomes dev, or as many as sizes says, and texts that are in dev leave train.
+    Subsets and their order depend on split_seed alone, so every method and seed sees the same
+    texts, and the first n of a split are a random sample of it.
     """
     if split_seed < 0:
         raise InputError(f"split seed {split_seed}: has to be 0 or more")
