@@ -729,7 +729,7 @@ class Vocabulary:
     tokenizer: a Hugging Face tokenizer. max_len: longest input in tokens, special tokens included.
     neighbors: a substitution table. unknown: what a word outside the vocabulary becomes, "piece"
     (the first piece that the tokenizer gives for it) or "unk". max_candidates: of a position, the
-    word itself included. No word becomes a special token other than [UNK], even one written "[SEP]".
+    word itself included. No word becomes a special token but [UNK], even one written "[SEP]".
     """
 
     def __init__(self, tokenizer, max_len, neighbors=None, unknown="piece", max_candidates=10):
