@@ -377,6 +377,21 @@ def test_a_run_stopped_before_its_best_weights_are_written_keeps_them(task, bert
     assert same_weights(tmp_path / "whole" / "standard", tmp_path / "stopped" / "standard")
 
 
+def test_settings_of_words_and_precision_reach_training_and_loading(task, bert, tmp_path,
+                                                                    monkeypatch):
+    made, dtypes = [], set()
+    vocabulary, weights_in = data.Vocabulary, rift.weights_in
+    monkeypatch.setattr(data, "Vocabulary", lambda *a: made.append(vocabulary(*a)) or made[-1])
+    monkeypatch.setattr(rift, "weights_in", lambda encoder, dtype: (
+        dtypes.add(dtype) or weights_in(encoder, dtype)))
+    train.main(command(task, bert, tmp_path / "runs", "--method", "adv", "--epochs", 1,
+                       "--unknown-words", "unk", "--candidates", 2, "--precision", "bf16"))
+    victim = eval.load_run(tmp_path / "runs" / "adv", "cpu")
+    assert len(made) == 2 and dtypes == {torch.bfloat16} and victim.dtype == torch.bfloat16
+    for words in made:
+        assert words.token("unheard") == words.unk and len(words.candidates("good")) == 2
+
+
 def test_the_test_texts_decide_nothing(task, bert, tmp_path):
     """With the wrong labels for all of them the run is the same, only its test accuracy is not."""
     arguments = ["--method", "rift", "--epochs", 3, "--schedule", 1]
