@@ -8,6 +8,7 @@ data set itself: the grammar of the toy task.
 
 For a file or a setting of the user that cannot be used, every function raises InputError.
 """
+import argparse
 import functools
 import gzip
 import hashlib
@@ -19,6 +20,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -27,16 +29,19 @@ import urllib.request
 import uuid
 import zipfile
 import zlib
-from collections import namedtuple
+from collections import Counter, namedtuple
 from contextlib import contextmanager, suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+import huggingface_hub
 import nltk
 import numpy as np
 import safetensors.torch
 import torch
+import transformers
 from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer
 
 
 class InputError(ValueError):
@@ -799,8 +804,8 @@ class Vocabulary:
         chosen = [list(self.candidates(word).values())[k] for word, k in zip(last, choice)]
         return (*premise, tuple(chosen))
 
-    def encode(self, batch, hull=False):
-        """The words of B examples as tensors, padded to the longest of them (L).
+    def encode(self, batch, hull=False, device="cpu"):
+        """The words of B examples as tensors on a device, padded to the longest of them (L).
 
         input_ids, attention_mask (B, L) int64. With hull also subs (B, L, K) int64, the candidates'
         tokens, and subs_mask (B, L, K) bool, True where there is a candidate. K: the most
@@ -827,7 +832,7 @@ class Vocabulary:
                 subs[b, l, : len(row)] = row
                 subs_mask[b, l, : len(row)] = True
             out |= {"subs": subs, "subs_mask": subs_mask}
-        return {name: torch.from_numpy(array) for name, array in out.items()}
+        return {name: torch.from_numpy(array).to(device) for name, array in out.items()}
 
 
 # ---- Batches -------------------------------------------------------------------------------------
@@ -860,6 +865,110 @@ def balanced_batches(y, lengths, batch_size, rng, window=50):
     order = rng.permutation(len(batches))
     # shuffled, because train.share() leaves out the last texts of a class: not always the longest
     return [np.concatenate([rng.permutation(part) for part in batches[i]]) for i in order]
+
+
+# ---- Encoders ------------------------------------------------------------------------------------
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def first_line(error):
+    """What a library's exception says, as part of one line of at most 300 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def pick_device(name=None):
+    """The device of this name; without a name a GPU, or the CPU where there is none. Raises
+    InputError for a device that this machine does not have."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not on this machine ({first_line(error)[:80]}); "
+                         "cpu always works") from None
+
+
+def pick_precision(name, device):
+    """"fp32" or "bf16"; "auto" is bf16 on GPUs that have it, fp32 elsewhere."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def model_folder(name):
+    """The folder of a model: the one named, else the hub's in the local cache, else downloaded.
+
+    A cached model is used as it is, without asking the hub. Raises InputError where there is none.
+    """
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
+        raise InputError(f"model {name}: no such folder")
+    # the files at the top of the repository, not those of other formats
+    files = dict(allow_patterns=["*.json", "*.txt", "*.safetensors"], ignore_patterns=["*/*"])
+    for local in (True, False):             # the cache first
+        try:
+            folder = Path(huggingface_hub.snapshot_download(name, local_files_only=local, **files))
+            tokenizer = [*folder.glob("*vocab*"), *folder.glob("tokenizer.json")]
+            if not local or (tokenizer and list(folder.glob("*.safetensors"))):
+                return folder
+        except Exception as error:          # not cached; or the network, which fails in many ways
+            problem = first_line(error)
+    raise InputError(f"model {name}: neither a folder nor a model on the hub ({problem})")
+
+
+def load_encoder(name_or_dir, max_len=0, complete=False):
+    """(encoder, tokenizer): a BERT or RoBERTa in float32, from safetensors, without remote code.
+
+    name_or_dir: a name on the hub or a folder; max_len: the most tokens that it has to read;
+    complete: a missing pooler is an error; otherwise it starts at random, because RoBERTa's was
+    never pre-trained. Raises InputError where files are missing, damaged, of another kind of model,
+    or of two models, and where the model has fewer positions than max_len.
+    """
+    folder, where = model_folder(name_or_dir), f"model {name_or_dir}"
+    config = read_json(folder / "config.json")
+    if config.get("model_type") not in ("bert", "roberta"):
+        raise InputError(f"{where}: config.json has model_type {config.get('model_type')!r}, "
+                         "wanted bert or roberta")
+    weights = list(folder.glob("*.safetensors"))
+    if not weights and list(folder.glob("pytorch_model*.bin")):
+        raise InputError(f"{where}: has only pytorch_model.bin, which can run code when read; "
+                         "convert it with AutoModel.from_pretrained(OLD).save_pretrained(NEW)")
+    for path in weights:
+        if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git"):
+            raise InputError(f"{path}: is a Git LFS pointer, not the weights: run `git lfs pull`")
+    load = dict(trust_remote_code=False, local_files_only=True)
+    try:
+        encoder, info = AutoModel.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **load)
+    except Exception as error:              # the library raises many kinds for a damaged folder
+        raise InputError(f"{where}: cannot be loaded ({first_line(error)})") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **load)
+    except Exception as error:
+        raise InputError(f"{where}: the files of its tokenizer are missing or damaged "
+                         f"({first_line(error)})") from None
+    lost = [key for key in info["missing_keys"] if complete or not key.startswith("pooler.")]
+    lost += [key for key, *_ in info["mismatched_keys"]]
+    if lost:
+        raise InputError(f"{where}: {len(lost)} tensors are missing or of the wrong shape, such as "
+                         f"{min(lost)}")
+    pieces = tokenizer(["the", "a", "film"], add_special_tokens=False)["input_ids"]
+    if {piece for word in pieces for piece in word} <= {tokenizer.unk_token_id}:
+        raise InputError(f"{where}: its tokenizer knows none of the words 'the', 'a' and 'film'; "
+                         "wanted the model's tokenizer.json or vocabulary beside its weights")
+    config = encoder.config
+    if len(tokenizer) > config.vocab_size or tokenizer.pad_token_id != config.pad_token_id:
+        raise InputError(
+            f"{where}: the tokenizer is another model's: {len(tokenizer)} tokens and padding "
+            f"{tokenizer.pad_token_id}, the encoder has {config.vocab_size} and "
+            f"{config.pad_token_id}")
+    longest = config.max_position_embeddings - getattr(encoder.embeddings, "padding_idx", -1) - 1
+    if max_len > longest:
+        raise InputError(f"{where}: has positions for {longest} tokens, --max-len is {max_len}")
+    return encoder, tokenizer
 
 
 # ---- The toy task: reviews from a grammar --------------------------------------------------------
@@ -954,3 +1063,63 @@ def toy_splits(sizes, split_seed):
         texts = [toy_review(rng, i % 2, lean, labelled=split != "test") for i in range(n)]
         splits[split] = [Example(from_text(text), i % 2) for i, text in enumerate(texts)]
     return splits
+
+
+# ---- Command lines -------------------------------------------------------------------------------
+
+
+def number(kind, low, high=math.inf, above=False):
+    """A type for argparse: a finite int or float from low to high; with `above`, not low itself."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        not_too_low = value > low if above else value >= low
+        if not (not_too_low and value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} has to be {'an integer' if kind is int else 'a number'} "
+                f"{'above' if above else 'of at least'} {low:g}"
+                + (f" and at most {high}" if high < math.inf else ""))
+        return value
+    return parse
+
+
+def open_task(s, data_dir=None):
+    """The Task of a run's settings, from data_dir or where the run found it."""
+    return load_task(s.task, data_dir or s.data_dir, train_size=s.train_size,
+                          dev_size=s.dev_size, test_size=s.test_size, split_seed=s.split_seed)
+
+
+def open_table(s, task, source=None, data_dir=None):
+    """The substitution table of a run's settings, or of another source, for a task's words."""
+    source = source or s.neighbors
+    if s.task == "toy" and not source:
+        return toy_neighbors()
+    # WordNet is asked for every word; vectors are compared for frequent words of the training texts
+    examples = [*task.train, *task.dev, *task.test] if source == "wordnet" else task.train
+    words = Counter(word for x in examples for text in x.words for word in text)
+    return load_neighbors(source, data_dir or s.data_dir, words)
+
+
+def command(main):
+    """Decorates main(argv): bad input becomes one line and exit code 2, Ctrl-C one line and 130."""
+    script = Path(main.__code__.co_filename).name
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")    # print what the terminal can show
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            return main(sys.argv[1:] if argv is None else argv)
+        except (InputError, OSError, torch.OutOfMemoryError) as error:
+            print(f"{script}: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt as stop:
+            print("; ".join([f"\n{script}: stopped", *map(str, stop.args)]), file=sys.stderr)
+            raise SystemExit(130) from None
+    return wrapped

@@ -35,143 +35,17 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-import huggingface_hub
 import numpy as np
 import torch
-import transformers
 from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer
 
 import attacks
 import data
 import rift
 from data import InputError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Settings that do not change what a run is.
 INCIDENTAL = ("data_dir", "device", "eval_batch_size")
-
-
-# ---- Command lines -------------------------------------------------------------------------------
-
-
-def number(kind, low, high=math.inf, above=False):
-    """A type for argparse: a finite int or float from low to high; with `above`, not low itself."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        not_too_low = value > low if above else value >= low
-        if not (not_too_low and value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(
-                f"{text!r} has to be {'an integer' if kind is int else 'a number'} "
-                f"{'above' if above else 'of at least'} {low:g}"
-                + (f" and at most {high}" if high < math.inf else ""))
-        return value
-    return parse
-
-
-def first_line(error):
-    """What a library's exception says, as part of one line of at most 300 characters."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-
-
-def pick_device(name=None):
-    """The device of this name; without a name a GPU, or the CPU where there is none. Raises
-    InputError for a device that this machine does not have."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).item()
-        return device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not on this machine ({first_line(error)[:80]}); "
-                         "cpu always works") from None
-
-
-def pick_precision(name, device):
-    """"fp32" or "bf16"; "auto" is bf16 on GPUs that have it, fp32 elsewhere."""
-    if name != "auto":
-        return name
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-
-
-# ---- Encoders ------------------------------------------------------------------------------------
-
-
-def model_folder(name):
-    """The folder of a model: the one named, else the hub's in the local cache, else downloaded.
-
-    A cached model is used as it is, without asking the hub. Raises InputError where there is none.
-    """
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
-    if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
-        raise InputError(f"model {name}: no such folder")
-    # the files at the top of the repository, not those of other formats
-    files = dict(allow_patterns=["*.json", "*.txt", "*.safetensors"], ignore_patterns=["*/*"])
-    for local in (True, False):             # the cache first
-        try:
-            folder = Path(huggingface_hub.snapshot_download(name, local_files_only=local, **files))
-            tokenizer = [*folder.glob("*vocab*"), *folder.glob("tokenizer.json")]
-            if not local or (tokenizer and list(folder.glob("*.safetensors"))):
-                return folder
-        except Exception as error:          # not cached; or the network, which fails in many ways
-            problem = first_line(error)
-    raise InputError(f"model {name}: neither a folder nor a model on the hub ({problem})")
-
-
-def load_encoder(name_or_dir, max_len=0, complete=False):
-    """(encoder, tokenizer): a BERT or RoBERTa in float32, from safetensors, without remote code.
-
-    name_or_dir: a name on the hub or a folder; max_len: the most tokens that it has to read;
-    complete: a missing pooler is an error; otherwise it starts at random, because RoBERTa's was
-    never pre-trained. Raises InputError where files are missing, damaged, of another kind of model,
-    or of two models, and where the model has fewer positions than max_len.
-    """
-    folder, where = model_folder(name_or_dir), f"model {name_or_dir}"
-    config = data.read_json(folder / "config.json")
-    if config.get("model_type") not in ("bert", "roberta"):
-        raise InputError(f"{where}: config.json has model_type {config.get('model_type')!r}, "
-                         "wanted bert or roberta")
-    weights = list(folder.glob("*.safetensors"))
-    if not weights and list(folder.glob("pytorch_model*.bin")):
-        raise InputError(f"{where}: has only pytorch_model.bin, which can run code when read; "
-                         "convert it with AutoModel.from_pretrained(OLD).save_pretrained(NEW)")
-    for path in weights:
-        if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git"):
-            raise InputError(f"{path}: is a Git LFS pointer, not the weights: run `git lfs pull`")
-    load = dict(trust_remote_code=False, local_files_only=True)
-    try:
-        encoder, info = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, **load)
-    except Exception as error:              # the library raises many kinds for a damaged folder
-        raise InputError(f"{where}: cannot be loaded ({first_line(error)})") from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **load)
-    except Exception as error:
-        raise InputError(f"{where}: the files of its tokenizer are missing or damaged "
-                         f"({first_line(error)})") from None
-    lost = [key for key in info["missing_keys"] if complete or not key.startswith("pooler.")]
-    lost += [key for key, *_ in info["mismatched_keys"]]
-    if lost:
-        raise InputError(f"{where}: {len(lost)} tensors are missing or of the wrong shape, such as "
-                         f"{min(lost)}")
-    pieces = tokenizer(["the", "a", "film"], add_special_tokens=False)["input_ids"]
-    if {piece for word in pieces for piece in word} <= {tokenizer.unk_token_id}:
-        raise InputError(f"{where}: its tokenizer knows none of the words 'the', 'a' and 'film'; "
-                         "wanted the model's tokenizer.json or vocabulary beside its weights")
-    config = encoder.config
-    if len(tokenizer) > config.vocab_size or tokenizer.pad_token_id != config.pad_token_id:
-        raise InputError(
-            f"{where}: the tokenizer is another model's: {len(tokenizer)} tokens and padding "
-            f"{tokenizer.pad_token_id}, the encoder has {config.vocab_size} and "
-            f"{config.pad_token_id}")
-    longest = config.max_position_embeddings - rift.position_ids(encoder, 1).item()
-    if max_len > longest:
-        raise InputError(f"{where}: has positions for {longest} tokens, --max-len is {max_len}")
-    return encoder, tokenizer
 
 
 # ---- A trained model as a function ---------------------------------------------------------------
@@ -183,14 +57,13 @@ class Victim:
     victim(texts) -> (N, C) float32 array. A text is its words joined by single spaces, a pair is a
     tuple of two such strings; it is already tokenized and only split at spaces. Raises ValueError
     for anything else.
-    model: a rift.RIFT; vocabulary: a data.Vocabulary; precision: "fp32" or "bf16", of the encoder;
-    labels: names of the classes; parts: 1 if the model reads single texts, 2 for pairs.
+    model: a rift.RIFT; vocabulary: a data.Vocabulary; labels: names of the classes; parts: 1 if the
+    model reads single texts, 2 for pairs.
     """
 
-    def __init__(self, model, vocabulary, batch_size=64, precision="fp32", labels=None, parts=1):
+    def __init__(self, model, vocabulary, batch_size=64, labels=None, parts=1):
         self.model, self.vocabulary, self.batch_size = model, vocabulary, batch_size
-        self.precision, self.labels, self.parts = precision, labels, parts
-        self.device, self.dtype = model.encoder.device, DTYPES[precision]
+        self.labels, self.parts, self.device = labels, parts, model.encoder.device
 
     def words(self, text):
         """A text, or a pair, as Example.words; ValueError if it is not what this model reads."""
@@ -211,8 +84,7 @@ class Victim:
         starts = range(0, len(order), self.batch_size)
         for start in tqdm(starts, bar, leave=False, disable=None if bar else True):
             rows = order[start:start + self.batch_size]
-            batch = self.vocabulary.encode([texts[i] for i in rows], hull=hull)
-            yield rows, {name: tensor.to(self.device) for name, tensor in batch.items()}
+            yield rows, self.vocabulary.encode([texts[i] for i in rows], hull, self.device)
 
     @torch.no_grad()
     def features(self, texts, encoder=None, bar=None):
@@ -222,8 +94,8 @@ class Victim:
         """
         encoder = encoder or self.model.encoder
         S = torch.empty(len(texts), encoder.config.hidden_size, device=self.device)
-        weights = rift.weights_in(encoder, self.dtype)
-        with rift.dropout_off(encoder), rift.stand_in(encoder, weights):
+        theta = rift.weights_in(encoder, self.model.dtype)
+        with rift.dropout_off(encoder), rift.stand_in(encoder, theta):
             for rows, batch in self.batches(texts, bar=bar):
                 e = rift.embed(encoder, batch["input_ids"])                     # (B, L, H)
                 S[rows] = rift.features(encoder, e, batch["attention_mask"], self.model.pooling)
@@ -277,15 +149,15 @@ def load_run(folder, device=None, precision=None, batch_size=64, table=None):
     s, config = settings_of(folder)
     if not (folder / "encoder").is_dir():
         raise InputError(f"{folder / 'encoder'}: no such folder: not a finished run, or damaged")
-    encoder, tokenizer = load_encoder(folder / "encoder", s.max_len, complete=True)
-    device = pick_device(device)
-    precision = pick_precision(precision or s.precision, device)
+    encoder, tokenizer = data.load_encoder(folder / "encoder", s.max_len, complete=True)
+    device = data.pick_device(device)
+    dtype = data.DTYPES[data.pick_precision(precision or s.precision, device)]
     if table is None:
         table = data.read_neighbors(folder / "neighbors.json")
         if data.fingerprint(table) != config["fingerprints"].get("neighbors"):
             raise InputError(f"{folder / 'neighbors.json'}: is not the table that the run was "
                              "trained with; --neighbors FILE attacks with another one")
-    model = rift.RIFT(encoder, len(config["labels"]), s.pooling, s.method == "rift-marginal")
+    model = rift.RIFT(encoder, len(config["labels"]), s.pooling, s.method == "rift-marginal", dtype)
     tensors, _ = data.load_tensors(folder / "model.safetensors")
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False)
@@ -299,27 +171,10 @@ def load_run(folder, device=None, precision=None, batch_size=64, table=None):
     if not all(p.isfinite().all() for p in model.parameters()):
         raise InputError(f"{folder}: its weights are not finite")
     for part in (encoder.encoder, encoder.pooler):      # once, not at every call
-        part.to(DTYPES[precision])
+        part.to(dtype)
     vocabulary = data.Vocabulary(tokenizer, s.max_len, table, s.unknown_words, s.candidates)
-    return Victim(model.to(device).eval(), vocabulary, batch_size, precision, config["labels"],
+    return Victim(model.to(device).eval(), vocabulary, batch_size, config["labels"],
                   config["parts"])
-
-
-def open_task(s, data_dir=None):
-    """The data.Task of a run's settings, from data_dir or where the run found it."""
-    return data.load_task(s.task, data_dir or s.data_dir, train_size=s.train_size,
-                          dev_size=s.dev_size, test_size=s.test_size, split_seed=s.split_seed)
-
-
-def open_table(s, task, source=None, data_dir=None):
-    """The substitution table of a run's settings, or of another source, for a task's words."""
-    source = source or s.neighbors
-    if s.task == "toy" and not source:
-        return data.toy_neighbors()
-    # WordNet is asked for every word; vectors are compared for frequent words of the training texts
-    examples = [*task.train, *task.dev, *task.test] if source == "wordnet" else task.train
-    words = Counter(word for x in examples for text in x.words for word in text)
-    return data.load_neighbors(source, data_dir or s.data_dir, words)
 
 
 # ---- Accuracy: clean and on the hull, and how certain it is --------------------------------------
@@ -351,7 +206,8 @@ def hull_attack(victim, examples, *, seed=0, bar=None, **search):
         shape = vocabulary.max_len, vocabulary.max_candidates
         return rift.noise(shape, vocabulary.max_len, generator)
 
-    with rift.dropout_off(encoder), rift.stand_in(encoder, rift.weights_in(encoder, victim.dtype)):
+    theta = rift.weights_in(encoder, victim.model.dtype)
+    with rift.dropout_off(encoder), rift.stand_in(encoder, theta):
         for rows, batch in victim.batches(texts, hull=True, bar=bar):
             B, L, K = batch["subs"].shape
             v = torch.stack([start(i)[:L, :K] for i in rows]).to(victim.device)
@@ -443,9 +299,9 @@ class Evaluation:
 
 def make_plan(s, args):
     """The Plan for all runs that have the data of settings s. Raises InputError."""
-    data_dir, task = args.data_dir or s.data_dir, open_task(s, args.data_dir)
+    data_dir, task = args.data_dir or s.data_dir, data.open_task(s, args.data_dir)
     examples = getattr(task, args.split)
-    wordnet = open_table(s, task, "wordnet", data_dir) if "pwws-wordnet" in args.attacks else None
+    wordnet = data.open_table(s, task, "wordnet", data_dir) if "pwws-wordnet" in args.attacks else None
     known, allowed = range(len(examples)), lambda index, words, synonyms: synonyms
     drawn_from = "all texts"
     if constraint(s, args) == "scores":
@@ -454,7 +310,7 @@ def make_plan(s, args):
             path = data.locate("scores", data_dir)
             scores = attacks.read_lm_scores(path, set(sentences), task.name)
         except (ValueError, OSError, *data.DAMAGE) as error:
-            raise InputError(f"language-model scores: {first_line(error)}; --lm-constraint none "
+            raise InputError(f"language-model scores: {data.first_line(error)}; --lm-constraint none "
                              "attacks without them") from None
         known = {i for i, sentence in enumerate(sentences) if sentence in scores}
         drawn_from = "score file " + data.fingerprint([scores.get(x) for x in sentences])
@@ -464,10 +320,10 @@ def make_plan(s, args):
               "the attacked ones are drawn from these.")
     elif constraint(s, args) != "none":
         try:
-            model = attacks.CausalLM(model_folder(args.lm_constraint), pick_device(args.device))
+            model = attacks.CausalLM(data.model_folder(args.lm_constraint), data.pick_device(args.device))
         except Exception as error:          # whatever is wrong with it, transformers says it
             raise InputError(f"--lm-constraint {args.lm_constraint}: neither none, scores nor a "
-                             f"causal language model ({first_line(error)})") from None
+                             f"causal language model ({data.first_line(error)})") from None
         allowed = lambda index, words, synonyms: attacks.lm_constraint(words, synonyms, model)
     # the first N of one shuffle: a larger N later contains them
     order = np.random.default_rng(args.seed).permutation(len(examples)).tolist()
@@ -538,7 +394,7 @@ def evaluate(folder, plan, args):
     attacked with other settings or other weights.
     """
     s, config = settings_of(folder)
-    table = open_table(s, plan.task, args.neighbors, args.data_dir) if args.neighbors else None
+    table = data.open_table(s, plan.task, args.neighbors, args.data_dir) if args.neighbors else None
     victim = load_run(folder, args.device, args.precision, args.batch_size, table)
     metrics = data.read_json(folder / "metrics.json")
     if plan.task.fingerprint != config["fingerprints"]["data"]:
@@ -548,7 +404,9 @@ def evaluate(folder, plan, args):
     tables["pwws-wordnet"] = plan.wordnet
     paths = folder / "encoder" / "model.safetensors", folder / "model.safetensors"
     weights = data.fingerprint(b"".join(path.read_bytes() for path in paths))
-    settings = {"clean": plan.settings | {"precision": victim.precision, "weights": weights}}
+    settings = {"clean": plan.settings | {
+        "precision": data.pick_precision(args.precision or s.precision, victim.device),
+        "weights": weights}}
     own = {name: attack_settings(name, s, args) for name in args.attacks}
     for name in args.attacks:
         settings[name] = settings["clean"] | own[name] | {
@@ -1032,7 +890,7 @@ def plot(folders, path, attack, split):
     try:
         figure.savefig(image, format=path.suffix[1:].lower() or "png", dpi=150)
     except ValueError as error:
-        raise InputError(f"--plot {path}: {first_line(error)}") from None
+        raise InputError(f"--plot {path}: {data.first_line(error)}") from None
     data.write_atomically(path, image.getvalue())
     print(f"{path}: drawn from {', '.join(map(str, folders))}")
     for task, runs in tasks.items():
@@ -1048,7 +906,7 @@ def parse(argv):
     p = argparse.ArgumentParser(
         prog="eval.py", description="Attack finished runs and compare them.", allow_abbrev=False,
         usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flag, positive = p.add_argument, number(int, 1)
+    flag, positive = p.add_argument, data.number(int, 1)
     flag("runs", nargs="+", type=Path, metavar="RUN", help="folders that train.py wrote")
     flag("--attacks", nargs="+", choices=ATTACKS, default=[], metavar="NAME",
          help=f"any of {', '.join(ATTACKS)}; without any, clean accuracy only")
@@ -1056,7 +914,7 @@ def parse(argv):
          help="texts to attack; paper: 1000, authors' code: 300")
     flag("--split", choices=("test", "dev"), default="test",
          help="dev to choose settings by, test to report")
-    flag("--population", type=number(int, 2), default=60, metavar="N",
+    flag("--population", type=data.number(int, 2), default=60, metavar="N",
          help="texts in a generation of the genetic attack")
     flag("--generations", type=positive, default=40, metavar="N",
          help="generations of the genetic attack")
@@ -1065,7 +923,7 @@ def parse(argv):
          "model's name or folder; by default scores for imdb and snli, else none")
     flag("--max-queries", type=positive, metavar="N", help="texts that are sent for "
          "one example at most; one that would need more survives")
-    flag("--seed", type=number(int, 0), default=0, metavar="S",
+    flag("--seed", type=data.number(int, 0), default=0, metavar="S",
          help="chooses the texts and drives the attacks")
     flag("--batch-size", type=positive, default=64, metavar="N", help="texts in a forward pass")
     flag("--data-dir", metavar="DIR", help="where archives and tables are; None: as the run had it")
@@ -1076,7 +934,7 @@ def parse(argv):
          help="number format of the encoder; None: the run's")
     flag("--overwrite", action="store_true",
          help="forget earlier attacks on these runs and this split")
-    flag("--show", type=number(int, 0), default=2, metavar="N",
+    flag("--show", type=data.number(int, 0), default=2, metavar="N",
          help="adversarial texts printed for each run and attack")
     flag("--csv", type=Path, metavar="FILE", help="write the original and adversarial texts")
     flag("--plot", type=Path, metavar="FILE", help="draw accuracy over alpha or clean against "
@@ -1087,29 +945,6 @@ def parse(argv):
     args = p.parse_args(argv)
     args.attacks, args.runs = list(dict.fromkeys(args.attacks)), list(dict.fromkeys(args.runs))
     return args
-
-
-def command(main):
-    """Decorates main(argv): bad input becomes one line and exit code 2, Ctrl-C one line and 130."""
-    script = Path(main.__code__.co_filename).name
-
-    @functools.wraps(main)
-    def wrapped(argv=None):
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")    # print what the terminal can show
-        try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            return main(sys.argv[1:] if argv is None else argv)
-        except (InputError, OSError, torch.OutOfMemoryError) as error:
-            print(f"{script}: error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
-        except KeyboardInterrupt as stop:
-            print("; ".join([f"\n{script}: stopped", *map(str, stop.args)]), file=sys.stderr)
-            raise SystemExit(130) from None
-    return wrapped
 
 
 def check_first(args):
@@ -1133,7 +968,7 @@ def check_first(args):
                              "(if the code differs, it is a new method in rift.METHODS)")
 
 
-@command
+@data.command
 def main(argv):
     """eval.py's command line."""
     args = parse(argv)

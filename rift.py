@@ -62,11 +62,15 @@ def features(encoder, e, attention_mask, pooling="pooler"):
     attention_mask: (B, L) int64; pooling: "pooler" (the encoder's own, reads the first token) or
     "mean" over the text's tokens, special tokens included. Returns (B, H) float32, also where the
     layers compute in bf16. The layers are called one by one, so that for the pooler the last
-    one computes only the first token. Raises ValueError for another pooling, and for an encoder in
-    training mode with gradient checkpointing on, which would not work here.
+    one computes only the first token. Raises ValueError for another pooling, for the pooler of an
+    encoder without one, and for an encoder in training mode with gradient checkpointing on, which
+    would not work here.
     """
     if pooling not in ("pooler", "mean"):
         raise ValueError(f"pooling is {pooling!r}: it has to be 'pooler' or 'mean'")
+    if pooling == "pooler" and encoder.pooler is None:
+        raise ValueError("pooling is 'pooler', but the encoder has none: load it with "
+                         "add_pooling_layer=True, or take the pooling 'mean'")
     *layers, last = encoder.encoder.layer
     if encoder.training and getattr(last, "gradient_checkpointing", False):
         raise ValueError("gradient checkpointing is on: encoder.gradient_checkpointing_disable() "
@@ -123,7 +127,7 @@ def stand_in(module, tensors):
     """In a `with` block, the module computes with these tensors in place of its parameters.
 
     tensors: {parameter name: tensor}; gradients flow through them to what they were computed from.
-    Used for weights in bf16 (cast once for search and loss), without gradient, and for mixout.
+    Used for weights in bf16, for weights without gradient, and for mixout.
     """
     owners = {name: module.get_submodule(name.rpartition(".")[0])._parameters for name in tensors}
     own = {name: owner[name.rpartition(".")[2]] for name, owner in owners.items()}
@@ -220,8 +224,9 @@ def search_hull(gain, predict, e, E, free, subs_mask, v, steps=10, lr=1.0, weigh
     v_free = v[free].requires_grad_()                                           # (P, K)
     adam = torch.optim.Adam([v_free], lr=lr, weight_decay=weight_decay)
     for _ in range(steps if len(v_free) else 0):
-        w = weights(v_free, mask)
-        value = gain(predict(mix(e, E, free, w))) - sparsity * entropy(w).sum() / (300 * 128)
+        with torch.enable_grad():                       # also where the caller has switched it off
+            w = weights(v_free, mask)
+            value = gain(predict(mix(e, E, free, w))) - sparsity * entropy(w).sum() / (300 * 128)
         v_free.grad = torch.autograd.grad(-value, v_free)[0]
         adam.step()
     v[free] = v_free.detach()
@@ -443,15 +448,17 @@ class RIFT(nn.Module):
     """The objective model F_s with its head q, the frozen teacher F_t, the projections g_c and h_c.
 
     encoder: a Hugging Face BERT or RoBERTa encoder; C: number of classes; pooling: see features();
-    marginal: one pair of projections for all classes, for the bound on I(S;T). The teacher is a
-    copy of the encoder: loading it a second time would give another random pooler where none was
-    pre-trained (RoBERTa).
+    marginal: one pair of projections for all classes, for the bound on I(S;T); dtype: in which the
+    encoder computes, float32 or bfloat16 (its weights stay in float32); p_mixout: in training it
+    computes with mixout() of this p. The teacher is a copy of the encoder: loading it a second time
+    would give another random pooler where none was pre-trained (RoBERTa).
     """
 
-    def __init__(self, encoder, C, pooling="pooler", marginal=False):
+    def __init__(self, encoder, C, pooling="pooler", marginal=False, dtype=torch.float32,
+                 p_mixout=None):
         super().__init__()
         H = encoder.config.hidden_size
-        self.pooling, self.marginal = pooling, marginal
+        self.pooling, self.marginal, self.dtype, self.p_mixout = pooling, marginal, dtype, p_mixout
         self.encoder = encoder
         self.teacher = copy.deepcopy(encoder).requires_grad_(False)
         self.head = mlp(H, 256, C)
@@ -464,6 +471,12 @@ class RIFT(nn.Module):
         self.teacher.eval()
         return self
 
+    def adversary(self, input_ids, attention_mask, subs, subs_mask, v, y=None, **search):
+        """w (B, L, K) of x^: adversary() with this model's parts; search: its steps, lr and so on."""
+        with stand_in(self.encoder, weights_in(self.encoder, self.dtype)):
+            return adversary(self.encoder, self.head, input_ids, attention_mask, subs, subs_mask,
+                             v, y, pooling=self.pooling, **search)
+
     def forward(self, input_ids, attention_mask, y, subs=None, subs_mask=None, w=None, T=None,
                 tau=0.2):
         """One pass on the clean text x and, with w, one on the adversarial x^ for all terms.
@@ -474,14 +487,18 @@ class RIFT(nn.Module):
         embedding layer.
         """
         adversarial = S = None
-        if w is None:
-            e = embed(self.encoder, input_ids)                                  # (B, L, H)
-        else:
-            e, E, free = hull(self.encoder, input_ids, subs, subs_mask)
-            x_hat = mix(e, E, free, w[free])                                    # (B, L, H)
-            S = features(self.encoder, x_hat, attention_mask, self.pooling)     # (B, H)
-            adversarial = self.head(S)                                          # (B, C)
-        clean = self.head(features(self.encoder, e, attention_mask, self.pooling))
+        with_mixout = self.training and self.p_mixout is not None
+        mixed = mixout(self.encoder, self.teacher, self.p_mixout) if with_mixout else {}
+        with stand_in(self.encoder, mixed), stand_in(self.encoder,
+                                                     weights_in(self.encoder, self.dtype)):
+            if w is None:
+                e = embed(self.encoder, input_ids)                              # (B, L, H)
+            else:
+                e, E, free = hull(self.encoder, input_ids, subs, subs_mask)
+                x_hat = mix(e, E, free, w[free])                                # (B, L, H)
+                S = features(self.encoder, x_hat, attention_mask, self.pooling)             # (B, H)
+                adversarial = self.head(S)                                      # (B, C)
+            clean = self.head(features(self.encoder, e, attention_mask, self.pooling))
         return Outputs(clean, adversarial, S, T, y, self, tau)
 
 

@@ -53,6 +53,22 @@ PROBE = 1000                # training texts from which dev_retained's regressio
 # ---- Algorithm 1 ---------------------------------------------------------------------------------
 
 
+def algorithm_1(model, batch, y, T, s):
+    """The terms of the loss on a batch, {name: scalar}; adds their gradient to the parameters'.
+
+    model: a rift.RIFT; batch: from data.Vocabulary.encode, every class equally often; y: (B,)
+    int64; T: (B, H), the teacher's features of the clean texts; s: settings, as in train().
+    """
+    w = None
+    if rift.has_adversary(s.method):
+        v = rift.noise(batch["subs"].shape, s.max_len).to(y.device)                 # (B, L, K)
+        w = model.adversary(**batch, v=v, **eval.search_settings(s))                # x^ = argmax KL
+    outputs = model(**batch, y=y, w=w, T=T, tau=s.tau)                              # of x and x^
+    terms = rift.objective(outputs, s.method, vars(s))                  # L_task + alpha * L_info
+    terms["loss"].backward()
+    return terms
+
+
 def train(model, task, vocabulary, s, folder, T, T_dev):
     """Fine-tunes a model, keeps its best epoch on dev, and measures that once on test.
 
@@ -65,11 +81,11 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
     """
     rank, world = processes()
     device, adversarial = model.encoder.device, rift.has_adversary(s.method)
-    victim = eval.Victim(model, vocabulary, s.eval_batch_size, s.precision)
+    victim = eval.Victim(model, vocabulary, s.eval_batch_size)
     texts = [vocabulary.visible(x.words) for x in task.train]
     lengths = [sum(map(len, text)) for text in texts]
     y = torch.tensor([x.y for x in task.train])                                     # (n,)
-    own = [p for name, p in trained(model).items() if not name.startswith("encoder.")]
+    own = [p for name, p in model.named_parameters() if not name.startswith(("encoder", "teacher"))]
     adamw = torch.optim.AdamW([{"params": list(model.encoder.parameters()), "weight_decay": 0.0},
                                {"params": own, "weight_decay": s.weight_decay}],
                               lr=s.lr, eps=s.adam_eps, fused=True)
@@ -91,29 +107,14 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
         for step, rows in enumerate(bar):
             torch.manual_seed(data.seed_of(s.seed, epoch, step, rank))      # dropout, noise, mixout
             rows = share(rows, y[rows], rank, world)
-            totals = Counter()
             adamw.zero_grad()
-            for part in slices(y[rows], s.micro_batch_size or len(rows)):
-                part = rows[part]
-                batch = vocabulary.encode([texts[i] for i in part], hull=adversarial)
-                batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                # theta_s in the run's precision, cast once for search and loss (fp32: itself)
-                theta = rift.weights_in(model.encoder, victim.dtype)
-                w = None
-                if adversarial:                                             # x^ = argmax KL
-                    v = rift.noise(batch["subs"].shape, s.max_len).to(device)
-                    with rift.stand_in(model.encoder, theta):
-                        w = rift.adversary(model.encoder, model.head, **batch, v=v,     # (B, L, K)
-                                           pooling=s.pooling, **eval.search_settings(s))
-                if s.method == "adv-mixout":
-                    mixed = rift.mixout(model.encoder, model.teacher, s.mixout)
-                    theta |= {name: p.to(theta[name].dtype) for name, p in mixed.items()}
-                with rift.stand_in(model.encoder, theta):
-                    outputs = model(**batch, y=y[part].to(device), w=w, T=T[part], tau=s.tau)
-                terms = rift.objective(outputs, s.method, vars(s))
-                weight = len(part) / len(rows)
-                (terms["loss"] * weight).backward()
-                totals.update({name: value.item() * weight for name, value in terms.items()})
+            totals = Counter()
+            for part in slices(model, y[rows], s.micro_batch_size):
+                chosen = rows[part]
+                batch = vocabulary.encode([texts[i] for i in chosen], adversarial, device)
+                terms = algorithm_1(model, batch, y[chosen].to(device), T[chosen], s)
+                totals.update({name: value.item() * len(part) / len(rows)
+                               for name, value in terms.items()})
             totals = average(model, totals, world)
             check_finite(totals, model, epoch, step, adamw)
             adamw.step()
@@ -144,19 +145,33 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
 # ---- Its parts -----------------------------------------------------------------------------------
 
 
-def slices(y, size):
-    """A list of index arrays: a batch in class-balanced slices of about `size` texts.
+def slices(model, y, size):
+    """Yields the rows of a batch, in slices of about `size` texts, for a backward pass on each.
 
-    y: (B,) int64, every class equally often. The gradients of the slices add up to one step. L_info
-    compares the texts of one slice, so that its N is the slice's, not the batch's. The slices are
-    equal to within a text of each class, and no larger than `size` unless they would have fewer
-    than 2 of each class: the L_info of a single text is 0.
+    y: (B,) int64, every class equally often; size: None for the whole batch at once. Afterwards the
+    parameters' gradient is the mean over the batch, as if it had been one pass; but L_info compares
+    the texts of one slice, so that its N is the slice's. The slices are equal to within a text of
+    each class, and no larger than `size` unless they would have fewer than 2 of each class: the
+    L_info of a single text is 0.
     """
     rows = torch.stack([(y == c).nonzero().squeeze(1) for c in y.unique()])         # (C, N)
     C, N = rows.shape
-    n = max(size // C, 2)                                                   # of a class in a slice
-    number = max(min(math.ceil(N / n), N // 2), 1)
-    return [part.flatten().numpy() for part in rows.tensor_split(number, dim=1)]
+    n = max((size or len(y)) // C, 2)                                       # of a class in a slice
+    number, done = max(min(math.ceil(N / n), N // 2), 1), 0
+
+    def scale(factor):
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad *= factor
+
+    for part in rows.tensor_split(number, dim=1):                                   # (C, about n)
+        m = part.numel()
+        if done:            # G, the mean over n texts, becomes (G n/m + g) m/(n+m) with m more texts
+            scale(done / m)
+        yield part.flatten().numpy()
+        if done:
+            scale(m / (done + m))
+        done += m
 
 
 def measure(model, victim, task, s, T, T_dev):
@@ -363,7 +378,7 @@ def run(task, table, s, folder, known):
     """
     rank, world = processes()
     torch.manual_seed(s.seed)                           # for the head and the projections
-    encoder, tokenizer = eval.load_encoder(s.model)
+    encoder, tokenizer = data.load_encoder(s.model)
     digest = data.fingerprint(b"".join(p.detach().numpy().tobytes() for p in encoder.parameters()))
     config = {"settings": vars(s), "labels": task.labels, "parts": len(task.train[0].words),
               "fingerprints": {"data": task.fingerprint, "neighbors": data.fingerprint(table),
@@ -377,11 +392,12 @@ def run(task, table, s, folder, known):
         dist.barrier()
     if (folder / "metrics.json").exists():
         return
-    model = rift.RIFT(encoder, len(task.labels), s.pooling, s.method == "rift-marginal")
-    model.to(s.device or eval.pick_device())
+    model = rift.RIFT(encoder, len(task.labels), s.pooling, s.method == "rift-marginal",
+                      data.DTYPES[s.precision], s.mixout if s.method == "adv-mixout" else None)
+    model.to(data.pick_device(s.device))
     vocabulary = data.Vocabulary(tokenizer, s.max_len, table, s.unknown_words, s.candidates)
     if digest not in known:
-        victim = eval.Victim(model, vocabulary, s.eval_batch_size, s.precision)
+        victim = eval.Victim(model, vocabulary, s.eval_batch_size)
         known[digest] = [
             victim.features([x.words for x in split], model.teacher, "teacher's features")
             for split in (task.train, task.dev)]
@@ -454,7 +470,7 @@ def toy_encoder():
 
 def parse(argv):
     """The command line of train.py -> (arguments, settings of a run without method and seed)."""
-    number, positive = eval.number, eval.number(int, 1)
+    number, positive = data.number, data.number(int, 1)
     p = argparse.ArgumentParser(
         prog="train.py", usage=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -549,7 +565,7 @@ def parse(argv):
     if args.schedule is None:
         below = [0.1, 0.55][max(0, 2 - args.epochs // 3):]     # at most a third of the epochs
         args.schedule = [*below, 1.0]
-    args.precision = eval.pick_precision(args.precision, eval.pick_device(args.device))
+    args.precision = data.pick_precision(args.precision, data.pick_device(args.device))
     settings = {key: value for key, value in vars(args).items() if key not in run_options}
     return args, SimpleNamespace(**settings)
 
@@ -565,10 +581,10 @@ def check_first(folders, s, resume, overwrite):
         data.remove(folder if new else folder / ".writable")
     if s.neighbors or s.task != "toy":
         data.find_neighbors(s.neighbors, s.data_dir)
-    eval.load_encoder(s.model, s.max_len)
+    data.load_encoder(s.model, s.max_len)
 
 
-@eval.command
+@data.command
 def main(argv):
     """train.py's command line."""
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
@@ -577,7 +593,7 @@ def main(argv):
     args, s = parse(argv)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         # the other processes wait while the first one reads texts or measures test: for hours
-        backend = "nccl" if eval.pick_device(s.device).type == "cuda" else "gloo"
+        backend = "nccl" if data.pick_device(s.device).type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
     rank, world = processes()
     if s.model == "toy":
@@ -588,8 +604,8 @@ def main(argv):
         check_first(folders.values(), s, args.resume, args.overwrite)
     if world > 1 and rank > 0:
         dist.barrier()                                  # the first process fills the cache of texts
-    task = eval.open_task(s)
-    table = eval.open_table(s, task)
+    task = data.open_task(s)
+    table = data.open_table(s, task)
     if world > 1 and rank == 0:
         dist.barrier()
     if len(task.dev) < max(4, 2 * len(task.labels)):

@@ -156,14 +156,11 @@ def plain_attack(model, vocabulary, words, y, synonyms, method, rng):
 
 def our_step(model, adamw, batch, y, T, v, s, precision, w=None):
     """What train.train does with a batch, in the same order. Returns what plain_step returns."""
+    model.dtype = data.DTYPES[precision]
     adamw.zero_grad()
-    theta = rift.weights_in(model.encoder, eval.DTYPES[precision])
-    with rift.stand_in(model.encoder, theta):
-        if w is None:
-            w = rift.adversary(model.encoder, model.head, **batch, v=v, pooling=s.pooling,
-                               **eval.search_settings(s))
-        outputs = model(**batch, y=y, w=w, T=T, tau=s.tau)
-    terms = rift.objective(outputs, "rift", vars(s))
+    if w is None:
+        w = model.adversary(**batch, v=v, **eval.search_settings(s))
+    terms = rift.objective(model(**batch, y=y, w=w, T=T, tau=s.tau), "rift", vars(s))
     terms["loss"].backward()
     losses = {name: value.item() for name, value in terms.items()}
     train.check_finite(losses, model, 1, 0, adamw)
@@ -207,9 +204,9 @@ class Case:
     """
 
     def __init__(self, args, name):
-        self.args, self.name, self.device = args, name, eval.pick_device(args.device)
+        self.args, self.name, self.device = args, name, data.pick_device(args.device)
         _, self.s = train.parse(["--task", name, "--adv-steps", str(args.adv_steps)])
-        encoder, tokenizer = eval.load_encoder(args.model) if args.model else random_encoder()
+        encoder, tokenizer = data.load_encoder(args.model) if args.model else random_encoder()
         C, parts, length = {"imdb": (2, 1, 200), "snli": (3, 2, 12)}[name]
         if args.data_dir:
             table = data.load_neighbors("counterfitted_neighbors.json", args.data_dir)
@@ -246,8 +243,9 @@ class Case:
     def victim(self, precision):
         """The model as eval.load_run gives it: its encoder is held in the precision."""
         model = copy.deepcopy(self.model)
-        model.encoder.to(eval.DTYPES[precision])
-        return eval.Victim(model, self.vocabulary, precision=precision)
+        model.dtype = data.DTYPES[precision]
+        model.encoder.to(model.dtype)
+        return eval.Victim(model, self.vocabulary)
 
     def seconds(self, function, *args):
         """The seconds that function(*args) takes, and what it returns."""
@@ -294,7 +292,8 @@ class Case:
 
     def teach(self, rows, precision):
         """Runs the teacher once, for all of our steps on these texts."""
-        victim = eval.Victim(self.model, self.vocabulary, precision=precision)
+        self.model.dtype = data.DTYPES[precision]
+        victim = eval.Victim(self.model, self.vocabulary)
         T = victim.features([self.texts[i] for i in rows], self.model.teacher)
         self.T[precision] = dict(zip(rows, T))
 
@@ -326,7 +325,7 @@ def float64(model):
         model.to(dtype)
 
     with mock.patch.object(torch.Tensor, "float", torch.Tensor.double), \
-         mock.patch.dict(eval.DTYPES, fp32=torch.float64):
+         mock.patch.dict(data.DTYPES, fp32=torch.float64):
         cast(torch.float64)
         try:
             yield
@@ -518,11 +517,11 @@ def parse(argv):
     return args
 
 
-@eval.command
+@data.command
 def main(argv):
     """The command line of the benchmark."""
     args, rows = parse(argv), {}
-    device = eval.pick_device(args.device)
+    device = data.pick_device(args.device)
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
           + (torch.cuda.get_device_name(device) if device.type == "cuda" else
              f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"))

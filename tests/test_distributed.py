@@ -129,7 +129,7 @@ def test_how_processes_start(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_RANK", "3")
     for device, backend in (("cpu", "gloo"), ("cuda", "nccl")):
-        monkeypatch.setattr(eval, "pick_device", lambda name: torch.device(name))
+        monkeypatch.setattr(data, "pick_device", lambda name: torch.device(name))
         with pytest.raises(SystemExit):
             train.main(["--device", device, "--precision", "fp32"])
         assert started.call_args.args == (backend,)

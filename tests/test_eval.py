@@ -79,7 +79,7 @@ def files_of(run):
 
 
 def examples_of(run, split="test"):
-    return getattr(eval.open_task(eval.settings_of(run)[0]), split)
+    return getattr(data.open_task(eval.settings_of(run)[0]), split)
 
 
 def swaps(run, attack):
@@ -141,10 +141,10 @@ def test_batches_do_not_matter(runs):
 def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path):
     """Every text would be nothing but [UNK]."""
     folder = save_model(tmp_path / "bert", "bert")
-    assert eval.load_encoder(folder)
+    assert data.load_encoder(folder)
     train.bert_tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]).save_pretrained(folder)
     with pytest.raises(data.InputError, match="its tokenizer knows none of the words 'the', 'a'"):
-        eval.load_encoder(folder)
+        data.load_encoder(folder)
 
 
 def test_texts_of_similar_length_share_a_batch(runs):
@@ -550,7 +550,7 @@ def test_dev_has_files_of_its_own(run):
 def test_what_the_terminal_cannot_show_does_not_stop_it(monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr(sys, "stdout", terminal)
-    eval.command(lambda argv: print("pos \N{GRINNING FACE}", flush=True))([])
+    data.command(lambda argv: print("pos \N{GRINNING FACE}", flush=True))([])
     assert terminal.buffer.getvalue().strip() == b"pos ?"
 
 
@@ -625,7 +625,7 @@ def test_scores_draw_the_texts_and_filter_the_synonyms(run, tmp_path, capsys):
 
 
 def test_a_causal_language_model_filters_the_synonyms(run, monkeypatch):
-    monkeypatch.setattr(eval, "model_folder", lambda name: name)
+    monkeypatch.setattr(data, "model_folder", lambda name: name)
     monkeypatch.setattr(attacks, "CausalLM", lambda folder, device: lambda windows: [
         -100.0 * window.count("film") for window in windows])
     evaluate(run, *BOTH, "--lm-constraint", "some/model")
@@ -778,8 +778,8 @@ def hub(tmp_path, model_folder, monkeypatch):
 
 def test_a_cached_model_needs_no_network(hub, model_folder):
     cached, asked = hub
-    encoder, tokenizer = eval.load_encoder("some/model")
-    there, _ = eval.load_encoder(model_folder)
+    encoder, tokenizer = data.load_encoder("some/model")
+    there, _ = data.load_encoder(model_folder)
     assert asked == [] and "film" in tokenizer.decode(tokenizer("film")["input_ids"])
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), there.parameters()))
 
@@ -795,7 +795,7 @@ def test_a_model_that_is_not_there_is_one_line(hub, name, missing, message):
     for path in [path for pattern in missing for path in cached.glob(pattern)]:
         path.unlink()
     with pytest.raises(data.InputError, match=f"^model {name}: [^\n]*{message}[^\n]*$"):
-        eval.load_encoder(name)
+        data.load_encoder(name)
     assert bool(asked) == name.startswith("some")
 
 
@@ -809,9 +809,9 @@ def test_only_a_pooler_may_be_missing(model_folder, tmp_path):
         safetensors.torch.save_file(kept, path, {"format": "pt"})
 
     keep("pooler.")
-    eval.load_encoder(path.parent)
+    data.load_encoder(path.parent)
     with pytest.raises(data.InputError, match="2 tensors are missing"):
-        eval.load_encoder(path.parent, complete=True)
+        data.load_encoder(path.parent, complete=True)
     keep("encoder.layer.1.")
     with pytest.raises(data.InputError, match="16 tensors are missing"):
-        eval.load_encoder(path.parent)
+        data.load_encoder(path.parent)

@@ -410,7 +410,7 @@ def test_odd_texts_train_evaluate_and_are_attacked(model_folder, tmp_path, plain
                "--generations 2".split()])
     attacked = {line["attack"] for line in data.read_lines(run / "attacks.jsonl")}
     assert attacked == {"pwws", "genetic", "hull"}
-    seen = [x.words for x in eval.open_task(eval.settings_of(run)[0]).train]
+    seen = [x.words for x in data.open_task(eval.settings_of(run)[0]).train]
     assert (((), ()) if task == "snli" else ((),)) in seen
     words = {word for texts in seen for text in texts for word in text}
     assert {"😀", "[sep]", "</s>", "...", "zyxxyz"} <= words
@@ -442,7 +442,7 @@ def fills_the_cache(folder, meeting):
         meeting.wait(60)                        # the encoder is renamed only after this
 
     train.pretrain_toy = together
-    encoder, _ = eval.load_encoder(train.toy_encoder())
+    encoder, _ = data.load_encoder(train.toy_encoder())
     assert all(torch.isfinite(p).all() for p in encoder.parameters())
 
 

@@ -156,13 +156,13 @@ def test_a_step_is_the_plain_formulation(plain_words, model_folder, tmp_path, me
 
     s = SimpleNamespace(**vars(train.parse(arguments)[1]), method=method)
     torch.manual_seed(3)
-    encoder, tokenizer = eval.load_encoder(model_folder)
+    encoder, tokenizer = data.load_encoder(model_folder)
     model = rift.RIFT(encoder, len(labels), pooling, method == "rift-marginal")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     own = [p for name, p in model.named_parameters() if name.startswith(("head", "g.", "h."))]
     adamw = torch.optim.AdamW([{"params": encoder.parameters(), "weight_decay": 0},
                                {"params": own, "weight_decay": 1}], lr=1e-3, eps=1e-6)
-    examples, table = eval.open_task(s).train, data.load_neighbors(task / "neighbors.json")
+    examples, table = data.open_task(s).train, data.load_neighbors(task / "neighbors.json")
     vocabulary = data.Vocabulary(tokenizer, 16, table)
     y = torch.tensor([x.y for x in examples])
     lengths = [sum(map(len, x.words)) for x in examples]
@@ -225,7 +225,7 @@ def test_gradients_of_slices_add_up(task, bert, tmp_path):
     assert same_weights(whole, slices, atol=1e-4)
     assert log_of(whole)[0]["ce"] == pytest.approx(log_of(slices)[0]["ce"], rel=1e-4)
     y = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    assert [y[part].tolist() for part in train.slices(y, 4)] == [[0, 0, 1, 1]] * 2
+    assert [y[part].tolist() for part in train.slices(torch.nn.Linear(1, 1), y, 4)] == [[0, 0, 1, 1]] * 2
 
 
 @pytest.mark.parametrize("C, N, size", [(2, 4, 4), (2, 16, 10), (3, 40, 40), (3, 5, 4), (2, 1, 4)])
@@ -233,7 +233,7 @@ def test_slices_share_a_batch_out(C, N, size):
     """No text is left over; each slice has its classes equally often, and two of each if it can,
     because L_info compares the texts of a class. Only for that it may be larger than asked for."""
     y = torch.arange(C).repeat_interleave(N)
-    slices = train.slices(y, size)
+    slices = list(train.slices(torch.nn.Linear(1, 1), y, size))
     assert sorted(np.concatenate(slices)) == list(range(C * N))
     for part in slices:
         counts = np.bincount(y[part])
@@ -310,7 +310,7 @@ def test_every_method_trains_and_its_run_loads(plain_words, model_folder, tmp_pa
         P = victim([text, text])
         assert P.shape == (2, len(labels)) and np.allclose(P.sum(1), 1, atol=1e-5)
         s, _ = eval.settings_of(folder)
-        own, kept = eval.open_task(s), log[metrics["best_epoch"] - 1]
+        own, kept = data.open_task(s), log[metrics["best_epoch"] - 1]
         for split, clean, hull in ((own.test, metrics["clean"], metrics["hull"]),
                                    (own.dev, kept["dev_clean"], kept["dev_hull"])):
             # what was measured on these texts is what the saved model does
@@ -387,7 +387,7 @@ def test_settings_of_words_and_precision_reach_training_and_loading(task, bert, 
     train.main(command(task, bert, tmp_path / "runs", "--method", "adv", "--epochs", 1,
                        "--unknown-words", "unk", "--candidates", 2, "--precision", "bf16"))
     victim = eval.load_run(tmp_path / "runs" / "adv", "cpu")
-    assert len(made) == 2 and dtypes == {torch.bfloat16} and victim.dtype == torch.bfloat16
+    assert len(made) == 2 and dtypes == {torch.bfloat16} and victim.model.dtype == torch.bfloat16
     for words in made:
         assert words.token("unheard") == words.unk and len(words.candidates("good")) == 2
 
@@ -438,7 +438,7 @@ def test_what_is_measured_of_what(task, bert, tmp_path, monkeypatch):
     _, S_hat, T_info, *_ = given["held_out_info"]
     victim = eval.load_run(tmp_path / "runs" / "rift", "cpu")
     s, _ = eval.settings_of(tmp_path / "runs" / "rift")
-    dev = eval.open_task(s).dev
+    dev = data.open_task(s).dev
     assert torch.allclose(S, victim.features([x.words for x in dev]), atol=1e-5)
     found = eval.hull_attack(victim, dev, **eval.search_settings(s))[2]
     assert torch.allclose(S_hat, found, atol=1e-5) and not torch.allclose(S_hat, S, atol=1e-2)
