@@ -44,8 +44,15 @@ import data
 import rift
 from data import InputError
 
+# What a run is made of, by the fingerprints in its config.json, and the settings that name where
+# each comes from. Two paths with the same content make the same run.
+SOURCES = {"data": "task", "encoder": "model", "neighbors": "neighbors"}
 # Settings that do not change what a run is.
-INCIDENTAL = ("data_dir", "device", "eval_batch_size")
+INCIDENTAL = (*SOURCES.values(), "data_dir", "device", "eval_batch_size")
+# What config.json has to hold, apart from what is wrong only where it is used.
+SETTINGS = dict(task=str, method=str, seed=int, max_len=int, pooling=str, unknown_words=str,
+                candidates=int, precision=str, adv_steps=int, adv_lr=float, sparsity=float,
+                adv_weight_decay=float, alpha=float, beta=float, split_seed=int)
 
 
 # ---- A trained model as a function ---------------------------------------------------------------
@@ -123,7 +130,8 @@ class Victim:
 def settings_of(folder, finished=True):
     """(settings, config): a run's settings as attributes, and all of its config.json, a dict.
 
-    Raises InputError for a folder without a run and, if `finished`, for a run that is not.
+    Among the attributes is `fingerprints`, of its data, encoder and table. Raises InputError for a
+    folder without a run and, if `finished`, for a run that is not.
     """
     path = Path(folder) / "config.json"
     if not path.exists():
@@ -131,11 +139,16 @@ def settings_of(folder, finished=True):
         hint = f"; the runs in it are {folder}/*" if runs else ""
         raise InputError(f"{folder}: not a run of train.py, it has no config.json{hint}")
     config = data.read_json(path)
-    if not {"settings", "labels", "fingerprints", "parts"} <= config.keys():
-        raise InputError(f"{path}: not a run of this project, or damaged")
+    s, prints = config.get("settings"), config.get("fingerprints")
+    right = (isinstance(s, dict) and isinstance(prints, dict) and config.get("parts") in (1, 2)
+             and isinstance(config.get("labels"), list)
+             and all(isinstance(s.get(key), kind) for key, kind in SETTINGS.items())
+             and all(isinstance(prints.get(key), str) for key in SOURCES))
+    if not right:
+        raise InputError(f"{path}: {data.NOT_OURS}")
     if finished and not (Path(folder) / "metrics.json").exists():
         raise InputError(f"{folder}: the run is not finished; train.py --resume goes on with it")
-    return SimpleNamespace(**config["settings"]), config
+    return SimpleNamespace(**s, fingerprints=prints), config
 
 
 def load_run(folder, device=None, precision=None, batch_size=64, table=None):
@@ -149,15 +162,17 @@ def load_run(folder, device=None, precision=None, batch_size=64, table=None):
     s, config = settings_of(folder)
     if not (folder / "encoder").is_dir():
         raise InputError(f"{folder / 'encoder'}: no such folder: not a finished run, or damaged")
-    encoder, tokenizer = data.load_encoder(folder / "encoder", s.max_len, complete=True)
     device = data.pick_device(device)
     dtype = data.DTYPES[data.pick_precision(precision or s.precision, device)]
     if table is None:
         table = data.read_neighbors(folder / "neighbors.json")
-        if data.fingerprint(table) != config["fingerprints"].get("neighbors"):
+        if data.fingerprint(table) != s.fingerprints["neighbors"]:
             raise InputError(f"{folder / 'neighbors.json'}: is not the table that the run was "
                              "trained with; --neighbors FILE attacks with another one")
-    model = rift.RIFT(encoder, len(config["labels"]), s.pooling, s.method == "rift-marginal", dtype)
+    with torch.random.fork_rng(devices=[]):     # the caller's random numbers stay what they were
+        encoder, tokenizer = data.load_encoder(folder / "encoder", s.max_len, complete=True)
+        model = rift.RIFT(encoder, len(config["labels"]), s.pooling, s.method == "rift-marginal",
+                          dtype)
     tensors, _ = data.load_tensors(folder / "model.safetensors")
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False)
@@ -265,11 +280,12 @@ def bootstrap(statistic, *groups, draws=10_000, seed=0):
 # ---- Attacking runs ------------------------------------------------------------------------------
 
 # To add an attack, write it like attacks.pwws and add its line here. A keyword argument of it that
-# the command line sets has a flag in parse() and a place in attack_settings().
+# the command line sets has a flag in parse() and a place in keywords().
 ATTACKS = {
     "pwws": attacks.pwws,
     "genetic": attacks.genetic,                     # with the language-model constraint
     "pwws-wordnet": attacks.pwws,                   # the synonyms are WordNet's
+    "exhaustive": attacks.exhaustive,               # needs --max-queries
     "hull": hull_attack,                            # needs gradients: for finished runs only
 }
 LINE_KEYS = [field.name for field in dataclasses.fields(attacks.Result) if field.name != "correct"]
@@ -294,14 +310,17 @@ class Evaluation:
     labels: list
     robust: dict            # {"clean" or attack: (N,) bool, whether it was right}
     lines: dict             # {attack: [a dict for each attacked text]}
-    settings: dict          # {"clean" or attack: dict}
+    settings: dict          # {"clean": what all attacks share, attack: its own}
+    wrong: list             # [a dict for each text that was wrong before any attack]
 
 
 def make_plan(s, args):
     """The Plan for all runs that have the data of settings s. Raises InputError."""
     data_dir, task = args.data_dir or s.data_dir, data.open_task(s, args.data_dir)
     examples = getattr(task, args.split)
-    wordnet = data.open_table(s, task, "wordnet", data_dir) if "pwws-wordnet" in args.attacks else None
+    wordnet = None
+    if "pwws-wordnet" in args.attacks:
+        wordnet = data.open_table(s, task, "wordnet", data_dir)
     known, allowed = range(len(examples)), lambda index, words, synonyms: synonyms
     drawn_from = "all texts"
     if constraint(s, args) == "scores":
@@ -310,8 +329,8 @@ def make_plan(s, args):
             path = data.locate("scores", data_dir)
             scores = attacks.read_lm_scores(path, set(sentences), task.name)
         except (ValueError, OSError, *data.DAMAGE) as error:
-            raise InputError(f"language-model scores: {data.first_line(error)}; --lm-constraint none "
-                             "attacks without them") from None
+            raise InputError(f"language-model scores: {data.first_line(error)}; --lm-constraint "
+                             "none attacks without them") from None
         known = {i for i, sentence in enumerate(sentences) if sentence in scores}
         drawn_from = "score file " + data.fingerprint([scores.get(x) for x in sentences])
         allowed = lambda index, words, synonyms: attacks.scores_constraint(
@@ -320,7 +339,8 @@ def make_plan(s, args):
               "the attacked ones are drawn from these.")
     elif constraint(s, args) != "none":
         try:
-            model = attacks.CausalLM(data.model_folder(args.lm_constraint), data.pick_device(args.device))
+            model = attacks.CausalLM(data.model_folder(args.lm_constraint),
+                                     data.pick_device(args.device))
         except Exception as error:          # whatever is wrong with it, transformers says it
             raise InputError(f"--lm-constraint {args.lm_constraint}: neither none, scores nor a "
                              f"causal language model ({data.first_line(error)})") from None
@@ -345,7 +365,7 @@ def constraint(s, args):
     return args.lm_constraint or ("scores" if s.task in ("imdb", "snli") else "none")
 
 
-def attack_settings(name, s, args):
+def keywords(name, s, args):
     """The keyword arguments of an attack: its own defaults, with what the command line sets."""
     if name == "hull":
         return search_settings(s)
@@ -355,23 +375,24 @@ def attack_settings(name, s, args):
             if p.default is not p.empty and p.name != "rng"}
 
 
-def run_attack(name, settings, victim, table, plan, texts, pending, args):
+def run_attack(name, victim, table, plan, texts, pending, s, args):
     """Yields an attacks.Result for each pending example as it is finished.
 
-    settings: the attack's keyword arguments; table: its substitution table; texts: {index: text} of
-    the chosen examples; pending: those of these indices that are to be attacked.
+    table: the attack's substitution table; texts: {index: text} of the chosen examples; pending:
+    those of these indices that are to be attacked; s: the run's settings.
     """
     if name == "hull":      # re-run all, so that the batches are always the same
         chosen = list(plan.chosen.values())
-        predictions, found, _ = hull_attack(victim, chosen, seed=args.seed, bar=name, **settings)
+        predictions, found, _ = hull_attack(victim, chosen, seed=args.seed, bar=name,
+                                            **search_settings(s))
         for (i, x), prediction, words in zip(plan.chosen.items(), predictions, found):
             if i in pending:
                 before = data.from_text(texts[i])[-1]
                 yield attacks.Result(
                     i, name, x.y, texts[i], data.to_text(words), success=bool(prediction != x.y),
-                    prediction=int(prediction), correct=True,
+                    prediction=int(prediction), correct=True, stopped=False,
                     words_changed=sum(a != b for a, b in zip(before, words[-1])),
-                    queries=settings["steps"] + 1,                              # forward passes
+                    queries=s.adv_steps + 1,                                    # forward passes
                     substitutable=sum(map(bool, data.substitutes(before, table))))
         return
 
@@ -380,84 +401,109 @@ def run_attack(name, settings, victim, table, plan, texts, pending, args):
         return plan.allowed(index, words, lists) if name == "genetic" else lists
 
     examples = [(i, texts[i], plan.chosen[i].y) for i in pending]
-    yield from attacks.attack(
-        victim, examples, functools.partial(ATTACKS[name], **settings), synonyms, seed=args.seed,
-        batch_size=args.batch_size, max_queries=args.max_queries, name=name)
+    method = functools.partial(ATTACKS[name], **keywords(name, s, args))
+    yield from attacks.attack(victim, examples, method, synonyms, seed=args.seed, name=name,
+                              batch_size=args.batch_size, max_queries=args.max_queries)
+
+
+def terms(folder, s, precision, tables, plan, args):
+    """All that an outcome depends on: {"clean": what all attacks share, attack: its own}.
+
+    An earlier attack that eval.json names, on the same terms as today's, is among them.
+    """
+    paths = folder / "encoder" / "model.safetensors", folder / "model.safetensors"
+    weights = data.fingerprint(b"".join(path.read_bytes() for path in paths))
+    shared = plan.settings | {"precision": precision, "weights": weights}
+    path = folder / files_of(args.split)[0]
+    earlier = data.read_json(path).get("settings") if path.exists() else None
+    settings = {"clean": shared}
+    if isinstance(earlier, dict) and earlier.get("clean") == shared:
+        settings |= earlier
+    for name in args.attacks:
+        settings[name] = keywords(name, s, args) | {"neighbors": data.fingerprint(tables[name])}
+        if name != "hull":
+            settings[name]["max_queries"] = args.max_queries
+        if name == "genetic":
+            settings[name]["lm_constraint"] = constraint(s, args)
+    return settings
+
+
+def files_of(split):
+    """The names of a run's two files of an evaluation: its summary, and a line for each text."""
+    suffix = "" if split == "test" else f"-{split}"
+    return f"eval{suffix}.json", f"attacks{suffix}.jsonl"
 
 
 def evaluate(folder, plan, args):
     """The Evaluation of one run: clean accuracy and every attack asked for, on the chosen texts.
 
-    Writes eval.json, attacks.jsonl and, for the test split, the accuracy under each attack but hull
-    into metrics.json. Texts that attacks.jsonl already has are not attacked again, and an earlier
-    attack that covers all chosen texts is written there too. Raises InputError if they were
-    attacked with other settings or other weights.
+    Writes attacks.jsonl, eval.json and, for the test split, the accuracy under each attack but hull
+    into metrics.json. A line of attacks.jsonl carries a fingerprint of the settings and weights
+    that it was made with: where it is today's, the text is not attacked again; other lines are kept
+    and not used. eval.json also has an earlier attack on the same terms that covers all the texts.
     """
     s, config = settings_of(folder)
-    table = data.open_table(s, plan.task, args.neighbors, args.data_dir) if args.neighbors else None
+    table = None
+    if args.neighbors:
+        table = data.open_table(s, plan.task, args.neighbors, args.data_dir)
     victim = load_run(folder, args.device, args.precision, args.batch_size, table)
-    metrics = data.read_json(folder / "metrics.json")
-    if plan.task.fingerprint != config["fingerprints"]["data"]:
+    if plan.task.fingerprint != s.fingerprints["data"]:
         raise InputError(f"{folder}: was trained on other data than is found now (the fingerprints "
                          "differ)")
-    tables = {name: victim.vocabulary.neighbors for name in args.attacks}
+    metrics = data.read_json(folder / "metrics.json")
+    tables = dict.fromkeys(args.attacks, victim.vocabulary.neighbors)
     tables["pwws-wordnet"] = plan.wordnet
-    paths = folder / "encoder" / "model.safetensors", folder / "model.safetensors"
-    weights = data.fingerprint(b"".join(path.read_bytes() for path in paths))
-    settings = {"clean": plan.settings | {
-        "precision": data.pick_precision(args.precision or s.precision, victim.device),
-        "weights": weights}}
-    own = {name: attack_settings(name, s, args) for name in args.attacks}
-    for name in args.attacks:
-        settings[name] = settings["clean"] | own[name] | {
-            "neighbors": data.fingerprint(tables[name])}
-        if name != "hull":
-            settings[name]["max_queries"] = args.max_queries
-        if name == "genetic":
-            settings[name]["lm_constraint"] = constraint(s, args)
+    precision = data.pick_precision(args.precision or s.precision, victim.device)
+    settings = terms(folder, s, precision, tables, plan, args)
 
-    suffix = "" if args.split == "test" else f"-{args.split}"
-    eval_path, lines_path = folder / f"eval{suffix}.json", folder / f"attacks{suffix}.jsonl"
-    before, done = ({}, {}) if args.overwrite else earlier(eval_path, lines_path, settings)
     texts = {i: data.to_text(victim.vocabulary.visible(x.words)) for i, x in plan.chosen.items()}
     P = attacks.check_probabilities(victim(list(texts.values())), len(texts))   # (N, C)
-    clean = P.argmax(1) == [x.y for x in plan.chosen.values()]                  # (N,)
-    attacked = [i for i, right in zip(texts, clean) if right]
+    labels, predictions = [x.y for x in plan.chosen.values()], P.argmax(1)      # (N,)
+    attacked = [i for i, y, p in zip(texts, labels, predictions) if p == y]
+    wrong = [dict(index=i, label=y, original=text, adversarial=text, prediction=int(p))
+             for (i, text), y, p in zip(texts.items(), labels, predictions) if p != y]
 
-    def survived(lines):                                                        # (N,)
+    eval_path, lines_path = (folder / name for name in files_of(args.split))
+    marks = {name: data.fingerprint([name, settings["clean"], settings[name]]) for name in settings}
+    done, others = {name: {} for name in settings if name != "clean"}, []
+    for line in data.read_lines(lines_path):
+        name = line.get("attack")
+        if name not in done or line.get("made_with") != marks[name]:
+            others.append(line)
+        elif not (args.overwrite and name in args.attacks):
+            done[name][line["index"]] = line
+
+    def survived(name):                                                         # (N,)
         # by the last prediction: in bf16 a text right by a hair may be wrong in another batch
+        lines = done[name]
         kept = {i for i in attacked if lines[i]["prediction"] == lines[i]["label"]}
         return np.array([i in kept for i in texts])
 
-    record = {"num_examples": len(texts), "settings": before.get("settings", {}) | settings,
-              "clean": float(clean.mean())}
-    record |= {name: float(survived(lines).mean()) for name, lines in done.items()
-               if lines.keys() >= set(attacked)}
-    write_lines(lines_path, done)           # drops a last line that was cut off
-    data.write_json(eval_path, record)      # first the settings, then the lines made with them
-    found = Evaluation(str(folder), s, config["labels"], {"clean": clean}, {}, settings)
+    write_lines(lines_path, others, done)   # without a line that was cut off, and see keep()
     for name in args.attacks:
-        lines = done.setdefault(name, {})
-        pending = {i: None for i in attacked if i not in lines}
+        pending = {i: None for i in attacked if i not in done[name]}
         if pending:
-            keep(run_attack(name, own[name], victim, tables[name], plan, texts, pending, args),
-                 lines, lines_path)
-        found.lines[name] = [lines[i] for i in attacked]
-        found.robust[name] = survived(lines)
-        record[name] = float(found.robust[name].mean())
+            results = run_attack(name, victim, tables[name], plan, texts, pending, s, args)
+            keep(results, marks[name], done[name], lines_path)
+            write_lines(lines_path, others, done)
         if not sys.stderr.isatty():
-            print(f"{folder}: {name} {record[name]:.3f} (N {len(texts)})", file=sys.stderr)
-    write_lines(lines_path, done)
-    data.write_json(eval_path, record)
+            print(f"{folder}: {name} {survived(name).mean():.3f} (N {len(texts)})", file=sys.stderr)
+
+    robust = {"clean": predictions == labels}
+    robust |= {name: survived(name) for name in done if done[name].keys() >= set(attacked)}
+    scores = {name: float(right.mean()) for name, right in robust.items()}
+    data.write_json(eval_path, scores | {
+        "num_examples": len(texts), "settings": {name: settings[name] for name in robust}})
     if args.split == "test":            # "clean" and "hull" there stay those of all test texts
         black_box = ATTACKS.keys() - {"hull"}
         kept = {key: value for key, value in metrics.items() if key not in black_box}
-        now = {key: value for key, value in record.items() if key in black_box}
+        now = {key: value for key, value in scores.items() if key in black_box}
         data.write_json(folder / "metrics.json", kept | now)
-    return found
+    lines = {name: [done[name][i] for i in attacked] for name in args.attacks}
+    return Evaluation(str(folder), s, config["labels"], robust, lines, settings, wrong)
 
 
-def keep(results, lines, path):
+def keep(results, mark, lines, path):
     """Adds each Result to lines, {index: line}, and at once to attacks.jsonl, so that a stop loses
     no finished text. Raises InputError if a second eval.py has replaced the file meanwhile."""
     with data.writing(path), open(path, "ab", buffering=0) as file:
@@ -465,36 +511,15 @@ def keep(results, lines, path):
             if os.fstat(file.fileno()).st_nlink == 0:
                 raise InputError(f"{path}: another eval.py has replaced it; evaluate a run with "
                                  "one command at a time")
-            lines[result.index] = {key: getattr(result, key) for key in LINE_KEYS}
-            file.write(json.dumps(lines[result.index]).encode() + b"\n")
+            line = {key: getattr(result, key) for key in LINE_KEYS} | {"made_with": mark}
+            lines[result.index] = line
+            file.write(json.dumps(line).encode() + b"\n")
 
 
-def write_lines(path, done):
-    """Writes attacks.jsonl. done: {attack: {index: line}}."""
-    lines = [line for by_index in done.values() for _, line in sorted(by_index.items())]
-    data.write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def earlier(eval_path, lines_path, settings):
-    """What an earlier evaluation left: eval.json's content, and {attack: {index: line}}.
-
-    settings: {"clean" or attack: dict}, today's. Raises InputError if the earlier ones differ:
-    accuracies under different settings must not be printed side by side.
-    """
-    if not eval_path.exists():
-        return {}, {}
-    before, done = data.read_json(eval_path), {}
-    for name, then in before.get("settings", {}).items():
-        # of an attack that is not asked for today, only what all attacks share is compared
-        now = settings.get(name, settings["clean"])
-        for key in now:
-            if then.get(key) != now[key]:
-                raise InputError(f"{eval_path}: holds {name} with {key} {str(then.get(key))[:40]}, "
-                                 f"not {str(now[key])[:40]}; --overwrite forgets all attacks on "
-                                 "this run and split")
-    for line in data.read_lines(lines_path):
-        done.setdefault(line["attack"], {})[line["index"]] = line
-    return before, done
+def write_lines(path, others, done):
+    """Writes attacks.jsonl: the lines of other settings, then today's, {attack: {index: line}}."""
+    today = [line for by_index in done.values() for _, line in sorted(by_index.items())]
+    data.write_atomically(path, "".join(json.dumps(line) + "\n" for line in others + today))
 
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -505,7 +530,9 @@ the share that is right and stays right under the attack. Both with a 95% Wilson
 search of training, but against the true label and rounded to words, a quick stand-in for the
 attacks. words: share of the words that successful attacks changed. queries: different texts that
 the attack asked about, on average (hull: forward passes). fixed: share of the attacked texts in
-which no word has a synonym."""
+which no word that the model sees has a synonym. stopped: share of all N texts that survived only
+because --max-queries ended the attack. The true robust accuracy is at most what survived, and if
+the attack is exhaustive, at least that minus what was stopped."""
 
 
 def show(title, rows):
@@ -533,17 +560,23 @@ def run_table(evaluations, names):
     def share(right):
         return "{:.3f} [{:.3f}, {:.3f}]".format(right.mean(), *wilson(right.sum(), len(right)))
 
+    limited = {name: any(x.settings[name].get("max_queries") for x in evaluations)
+               for name in names}
     rows = [["run", "N", "clean"]]
     for name in names:
-        rows[0] += [head_of(name, evaluations), "words", "queries", "fixed"]
+        rows[0] += [head_of(name, evaluations), *["stopped"] * limited[name], "words", "queries",
+                    "fixed"]
     for x in evaluations:
-        rows.append([x.name, str(len(x.robust["clean"])), share(x.robust["clean"])])
+        N = len(x.robust["clean"])
+        rows.append([x.name, str(N), share(x.robust["clean"])])
         for name in names:
             lines = x.lines[name]
             changed = [line["words_changed"] / max(len(data.from_text(line["original"])[-1]), 1)
                        for line in lines if line["success"]]
-            rows[-1] += [share(x.robust[name]),
-                         f"{np.mean(changed):.1%}" if changed else "-",
+            rows[-1].append(share(x.robust[name]))
+            if limited[name]:
+                rows[-1].append(f"{sum(line['stopped'] for line in lines) / N:.1%}")
+            rows[-1] += [f"{np.mean(changed):.1%}" if changed else "-",
                          f"{np.mean([line['queries'] for line in lines]):.0f}" if lines else "-",
                          f"{np.mean([line['substitutable'] == 0 for line in lines]):.1%}"
                          if lines else "-"]
@@ -553,14 +586,16 @@ def run_table(evaluations, names):
 def own_settings(s, *free):
     """The settings that set a run apart from others, a dict, without those named by `free`.
 
-    Left out are also the incidental ones, and the weights of terms that its method does not have:
-    adv at two values of alpha is one and the same.
+    Of what it is made of, the fingerprints count, not the paths. Left out are also the incidental
+    settings, and the weights of terms that its method does not have: adv at two values of alpha is
+    one and the same.
     """
     weights = {weight for terms in rift.METHODS.values() for weight in terms.values()}
     unused = weights - set(rift.METHODS[s.method].values())
     # without None: a run made before a flag existed is one without that flag
-    return {key: value for key, value in vars(s).items()
-            if key not in {*INCIDENTAL, *free, *unused} and value is not None}
+    return s.fingerprints | {
+        key: value for key, value in vars(s).items() if value is not None
+        and key not in {*INCIDENTAL, "fingerprints", *free, *unused}}
 
 
 def by_settings(runs, *free):
@@ -576,7 +611,9 @@ def by_settings(runs, *free):
     named = {}
     for s, same in groups.values():
         others = [other for other, _ in groups.values() if other["method"] == s["method"]]
-        apart = [f"{key} {value}" for key, value in s.items()
+        # of what it is made of, where that came from, and so much of the fingerprint
+        shown = s | {key: f"{getattr(same[0].run, SOURCES[key])} ({s[key][:6]})" for key in SOURCES}
+        apart = [f"{SOURCES.get(key, key)} {shown[key]}" for key, value in s.items()
                  if any(other.get(key) != value for other in others)]
         named[" ".join([s["method"], *apart])] = same
     return named
@@ -613,16 +650,18 @@ def differences_table(pairs, names):
     return rows
 
 
+def clean_and(same, name):
+    """What runs at one beta have right, clean and under an attack: (R, N, 2)."""
+    return np.stack([right(same, "clean"), right(same, name)], axis=-1)
+
+
 def tradeoff_gain(reference, runs, name):
     """Robust accuracy minus a reference's at the same clean accuracy: (value, low, high).
 
-    reference, runs: {beta: [run, ..]}. The reference's robust accuracy is interpolated linearly
-    between its betas' points (clean, robust) and constant beyond them; the difference is averaged
+    reference, runs: {beta: [run, ..]}. The reference's points (clean, robust) are joined by straight
+    lines in the order of their clean accuracy, and its ends are held; the difference is averaged
     over the betas of `runs`. The interval is over runs and texts, see bootstrap().
     """
-    def both(same):                                                             # (R, N, 2)
-        return np.stack([right(same, "clean"), right(same, name)], axis=-1)
-
     def statistic(*means):                                                      # each (D, 2)
         known, asked = np.stack(means[:len(reference)]), np.stack(means[len(reference):])
         gains = []
@@ -631,7 +670,8 @@ def tradeoff_gain(reference, runs, name):
             gains.append(np.mean(asked[:, d, 1] - np.interp(asked[:, d, 0], x, y)))
         return np.array(gains)
 
-    return bootstrap(statistic, *map(both, reference.values()), *map(both, runs.values()))
+    groups = [*reference.values(), *runs.values()]
+    return bootstrap(statistic, *[clean_and(same, name) for same in groups])
 
 
 def report(groups, args):
@@ -661,20 +701,32 @@ def report(groups, args):
                 print(textwrap.fill(marked(line["original"], line["adversarial"]), 98,
                                     initial_indent="  ", subsequent_indent="  "))
     if args.csv:
-        file = io.StringIO(newline="")
-        rows = csv.DictWriter(file, ["run", *LINE_KEYS])
-        rows.writeheader()
-        for x, name in itertools.product(everything, args.attacks):
-            for line in x.lines[name]:
-                joined = {key: " | ".join([line[key]] if isinstance(line[key], str) else line[key])
-                          for key in ("original", "adversarial")}
-                names = {key: x.labels[line[key]] for key in ("label", "prediction")}
-                rows.writerow({"run": x.name} | line | joined | names)
-        data.write_atomically(args.csv, file.getvalue())
+        data.write_atomically(args.csv, csv_of(everything, args.attacks))
+
+
+def csv_of(evaluations, names):
+    """The original and adversarial texts as CSV, a str: every text of every run and attack. Those
+    that were wrong before (`correct` is False) were not attacked; of these, what was found is
+    empty."""
+    file = io.StringIO(newline="")
+    rows = csv.DictWriter(file, ["run", *LINE_KEYS, "correct"], extrasaction="ignore")
+    rows.writeheader()
+    for x, name in itertools.product(evaluations, names):
+        for line in [line | {"correct": True} for line in x.lines[name]] + [
+                line | {"attack": name, "correct": False} for line in x.wrong]:
+            joined = {key: " | ".join([line[key]] if isinstance(line[key], str) else line[key])
+                      for key in ("original", "adversarial")}
+            labels = {key: x.labels[line[key]] for key in ("label", "prediction")}
+            rows.writerow({"run": x.name} | line | joined | labels)
+    return file.getvalue()
 
 
 def tradeoffs(group, names):
-    """Yields a line of text for each method with several betas: its gain over adv's curve."""
+    """Yields a line of text for each method with several betas: its gain over adv's curve.
+
+    The mean is over the betas whose mean clean accuracy lies within adv's range. A beta beyond it
+    can only be compared with the end of adv's curve, and has a line of its own.
+    """
     curves = {}                                                         # {curve: {beta: [run, ..]}}
     for curve, runs in by_settings(group, "beta").items():
         if runs[0].run.method == "standard":                            # it has no beta
@@ -682,18 +734,22 @@ def tradeoffs(group, names):
         points = curves.setdefault(curve, {})
         for x in runs:
             points.setdefault(x.run.beta, []).append(x)
+    adv = curves.pop("adv", {})
     curves = {curve: points for curve, points in curves.items() if len(points) > 1}
+    if len(adv) < 2:
+        return
+    ends = [right(runs, "clean").mean() for runs in adv.values()]
     for curve, name in itertools.product(curves, names):
-        if curve != "adv" and "adv" in curves:
-            gain = tradeoff_gain(curves["adv"], curves[curve], name)
-            points = [*curves["adv"].values(), *curves[curve].values()]
-            star = "*" if min(map(len, points)) == 1 else ""
-            ends, clean = ([right(runs, "clean").mean() for runs in curves[c].values()]
-                           for c in ("adv", curve))
-            beyond = sum(not min(ends) <= x <= max(ends) for x in clean)
-            yield ("\n{} against adv at the same clean accuracy, {}, mean over beta: {:+.3f} "
-                   "[{:+.3f}, {:+.3f}]{} ({} of {} betas beyond the ends of adv's curve)"
-                   .format(curve, name, *gain, star, beyond, len(clean)))
+        within = {beta: runs for beta, runs in curves[curve].items()
+                  if min(ends) <= right(runs, "clean").mean() <= max(ends)}
+        rows = [(f"mean over the {len(within)} of {len(curves[curve])} betas within adv's range",
+                 within)] if within else []
+        rows += [(f"beta {beta:g}, beyond the ends of adv's curve", {beta: runs})
+                 for beta, runs in curves[curve].items() if beta not in within]
+        for label, points in rows:
+            star = "*" if min(map(len, [*adv.values(), *points.values()])) == 1 else ""
+            yield ("\n{} against adv at the same clean accuracy, {}, {}: {:+.3f} [{:+.3f}, {:+.3f}]{}"
+                   .format(curve, name, label, *tradeoff_gain(adv, points, name), star))
 
 
 def marked(original, adversarial):
@@ -706,10 +762,10 @@ def marked(original, adversarial):
 
 # ---- Figures -------------------------------------------------------------------------------------
 
-# Colour-blind safe colours (Okabe and Ito) with a marker each, in the order of rift.METHODS; the
-# last ones are for new methods.
-STYLES = [("#000000", "o"), ("#0072B2", "s"), ("#009E73", "D"), ("#CC79A7", "P"), ("#E69F00", "v"),
-          ("#D55E00", "^"), ("#56B4E9", "X"), ("#999999", "*"), ("#8C510A", "h"), ("#4D4D4D", "<")]
+# Colour-blind safe colours (Okabe and Ito) with a marker each; the last ones are for new methods.
+STYLES = {"standard": ("#000000", "o"), "adv": ("#0072B2", "s"), "adv-ptwd": ("#009E73", "D"),
+          "adv-mixout": ("#CC79A7", "P"), "rift-marginal": ("#E69F00", "v"), "rift": ("#D55E00", "^")}
+NEW_STYLES = [("#56B4E9", "X"), ("#999999", "*"), ("#8C510A", "h"), ("#4D4D4D", "<")]
 
 
 def curves(runs, *free):
@@ -718,9 +774,10 @@ def curves(runs, *free):
     A method has one colour and marker; its curves with different settings differ in line style.
     """
     seen = Counter()
+    new = [method for method in rift.METHODS if method not in STYLES]
     for name, same in by_settings(runs, *free).items():
         method = same[0].run.method
-        colour, marker = STYLES[list(rift.METHODS).index(method) % len(STYLES)]
+        colour, marker = STYLES.get(method) or NEW_STYLES[new.index(method) % len(NEW_STYLES)]
         line = ["-", "--", ":", "-."][seen[method] % 4]
         seen[method] += 1
         yield name, same, dict(color=colour, marker=marker, ls=line, lw=1.2, ms=5, capsize=2.5,
@@ -756,7 +813,7 @@ def read_finished(folder, attack, split):
     kept = next((line for line in log if line["epoch"] == metrics.get("best_epoch")), None)
     if kept is None:
         raise InputError(f"{folder / 'log.jsonl'}: lacks the epoch that metrics.json names")
-    path = folder / ("eval.json" if split == "test" else f"eval-{split}.json")
+    path = folder / files_of(split)[0]
     scores = data.read_json(path) if path.exists() else {}
     if attack not in scores and attack == "hull":
         on_dev = {"clean": kept["dev_clean"], "hull": kept["dev_hull"],
@@ -766,7 +823,8 @@ def read_finished(folder, attack, split):
         raise InputError(f"{folder}: its last evaluation on {split} was without {attack}: first "
                          f"run eval.py {folder} --attacks {attack} --split {split}")
     n = scores.get("num_examples") or scores.get("test_examples")
-    given = scores.get("settings", {}).get(attack, {})
+    settings = scores.get("settings", {})
+    given = settings.get("clean", {}) | settings.get(attack, {})
     how = {"num_examples": n} | {key: given[key] for key in ASKED if key in given}
     return SimpleNamespace(folder=folder, run=s, scores=scores, n=n, log=log, kept=kept, how=how)
 
@@ -783,31 +841,29 @@ def points_over(runs, key, measures):
                     for measure in measures]
 
 
-def draw_alpha(ax, runs, attack):
-    """Clean and robust accuracy over alpha; adv is drawn at 0."""
-    for name, same, look in curves([x for x in runs if x.run.method in ("adv", "rift")], "alpha"):
-        alphas, measured = points_over(same, "alpha", ["clean", attack])
-        for measure, points, fill in zip(["clean", attack], measured, [look["color"], "white"]):
-            if same[0].run.method == "adv":
-                alphas, points = [0], points[:1]
-            ax.errorbar(alphas, points[:, 0], points[:, 1:].T, mfc=fill, label=f"{name}, {measure}",
-                        **look)
-    ax.set(xlabel="alpha, weight of L_info (adv has none)", ylabel="accuracy")
-
-
-def draw_tradeoff(ax, runs, attack):
-    """Clean against robust accuracy, one point for each beta."""
+def draw_accuracy(ax, runs, attack, over):
+    """Clean and robust accuracy over alpha, adv at 0; over beta they are drawn against each other."""
     from matplotlib.patheffects import withStroke       # not at the top: matplotlib is optional
-    for name, same, look in curves(runs, "beta"):
-        betas, (clean, robust) = points_over(same, "beta", ["clean", attack])
+    if over == "alpha":
+        runs = [x for x in runs if x.run.method in ("adv", "rift")]
+        ax.set(xlabel="alpha, weight of L_info (adv has none)", ylabel="accuracy")
+    else:
+        ax.margins(0.08)
+        ax.set(xlabel="clean accuracy", ylabel=f"accuracy under {attack}")
+    for name, same, look in curves(runs, over):
+        adv = same[0].run.method == "adv"
+        values, (clean, robust) = points_over(same, over, ["clean", attack])
+        if over == "alpha":
+            values, n = ([0], 1) if adv else (values, len(values))
+            for y, label, fill in ((clean, "clean", look["color"]), (robust, attack, "white")):
+                ax.errorbar(values, y[:n, 0], y[:n, 1:].T, mfc=fill, label=f"{name}, {label}", **look)
+            continue
         ax.errorbar(clean[:, 0], robust[:, 0], robust[:, 1:].T, clean[:, 1:].T, label=name, **look)
-        left = same[0].run.method == "adv"      # the curves lie close: labels on either side
-        for beta, x, y in zip(betas, clean[:, 0], robust[:, 0]):
+        for beta, x, y in zip(values, clean[:, 0], robust[:, 0]):
+            # the curves lie close: labels on either side
             ax.annotate(f"{beta:g}", (x, y), textcoords="offset points", fontsize=8,
-                        xytext=(-5, -11) if left else (5, 5), ha="right" if left else "left",
+                        xytext=(-5, -11) if adv else (5, 5), ha="right" if adv else "left",
                         color=look["color"], path_effects=[withStroke(linewidth=2, foreground="w")])
-    ax.margins(0.08)
-    ax.set(xlabel="clean accuracy", ylabel=f"accuracy under {attack}")
 
 
 def draw_forgetting(ax, runs, attack, measure, label):
@@ -852,18 +908,21 @@ def plot(folders, path, attack, split):
     Raises InputError where a run lacks what is drawn, or runs were evaluated differently.
     """
     from matplotlib.figure import Figure                # not at the top: matplotlib is optional
-    tasks = {}
-    for folder in folders:
-        x = read_finished(folder, attack, split)
-        tasks.setdefault(Path(x.run.task).name, []).append(x)
+    tasks = {}                                          # {name: [finished run, ..]}
+    finished = [read_finished(folder, attack, split) for folder in folders]
+    for x in finished:
+        others = [Path(y.run.task).name for y in finished
+                  if y.run.fingerprints["data"] != x.run.fingerprints["data"]]
+        name = Path(x.run.task).name                    # its path where two data sets share it
+        tasks.setdefault(x.run.task if name in others else name, []).append(x)
     panels = []                                         # (what draws it, title, runs, arguments)
     for task, runs in tasks.items():
         title, before = f"{task}, {split} texts", len(panels)
         of = {method: [x.run for x in runs if x.run.method == method] for method in rift.METHODS}
         if len({s.alpha for s in of["rift"]}) > 1:
-            panels.append((draw_alpha, title, runs, {}))
+            panels.append((draw_accuracy, title, runs, dict(over="alpha")))
         if any(len({s.beta for s in of[method]}) > 1 for method in of if method != "standard"):
-            panels.append((draw_tradeoff, title, runs, {}))
+            panels.append((draw_accuracy, title, runs, dict(over="beta")))
         if len(panels) > before:
             for x in runs:
                 if x.how != runs[0].how:
@@ -884,8 +943,12 @@ def plot(folders, path, attack, split):
         draw(ax, runs, attack, **more)
         ax.grid(alpha=0.3)
         ax.set_title(title, size=10)
-        ax.legend(fontsize=8, title="numbers: beta" if draw is draw_tradeoff else None)
-    figure.suptitle("Bars: range over seeds; for a single run's accuracy, its 95% interval", size=9)
+        by_beta = more.get("over") == "beta"
+        ax.legend(fontsize=8, title="numbers: beta, points joined in its order" if by_beta else None)
+    bars = "Bars: range over seeds"
+    if any(draw is draw_accuracy for draw, *_ in panels):
+        bars += "; for a single run's accuracy, its 95% interval"
+    figure.suptitle(bars, size=9)
     image = io.BytesIO()
     try:
         figure.savefig(image, format=path.suffix[1:].lower() or "png", dpi=150)
@@ -922,21 +985,23 @@ def parse(argv):
          "use: none, scores (the published file, which knows only some texts) or a causal language "
          "model's name or folder; by default scores for imdb and snli, else none")
     flag("--max-queries", type=positive, metavar="N", help="texts that are sent for "
-         "one example at most; one that would need more survives")
+         "one example at most; one that would need more survives; exhaustive needs it")
     flag("--seed", type=data.number(int, 0), default=0, metavar="S",
          help="chooses the texts and drives the attacks")
     flag("--batch-size", type=positive, default=64, metavar="N", help="texts in a forward pass")
     flag("--data-dir", metavar="DIR", help="where archives and tables are; None: as the run had it")
-    flag("--neighbors", metavar="FILE", help="substitution table: vectors (.txt, .zip), a table "
-         "(.json) or wordnet; None: the run's own")
+    flag("--task", metavar="FOLDER", help="where the runs' own data folder is now; None: as the run "
+         "had it")
+    flag("--neighbors", metavar="TABLE", help="published, vectors, wordnet or a file, as for "
+         "train.py; None: the run's own")
     flag("--device", metavar="NAME", help="cpu, cuda:0, ..; None: a GPU if there is one")
     flag("--precision", choices=("auto", "fp32", "bf16"),
          help="number format of the encoder; None: the run's")
     flag("--overwrite", action="store_true",
-         help="forget earlier attacks on these runs and this split")
+         help="attack texts anew that these attacks have attacked with the same settings")
     flag("--show", type=data.number(int, 0), default=2, metavar="N",
          help="adversarial texts printed for each run and attack")
-    flag("--csv", type=Path, metavar="FILE", help="write the original and adversarial texts")
+    flag("--csv", type=Path, metavar="FILE", help="write the original and adversarial texts, all N")
     flag("--plot", type=Path, metavar="FILE", help="draw accuracy over alpha or clean against "
          "robust accuracy over beta where runs differ in them, else forgetting; without --attacks "
          "nothing is attacked")
@@ -951,11 +1016,18 @@ def check_first(args):
     """Raises InputError for what is cheap to check, before hours are spent on attacks."""
     if args.csv and not args.attacks:
         raise InputError("--csv writes what --attacks found: which attacks?")
+    if "exhaustive" in args.attacks and not args.max_queries:
+        raise InputError("--attacks exhaustive tries every combination of swaps, which for a long "
+                         "text never ends: wanted --max-queries N, such as 10000")
     if args.plot:
         try:
             importlib.import_module("matplotlib.figure")
         except ImportError:
             raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+    for path in filter(None, (args.csv, args.plot)):
+        if not path.parent.is_dir() or path.is_dir():
+            raise InputError(f"{path}: wanted the name of a file in a folder that is there")
+        data.check_writable(path.parent)
     seen = {}
     for folder in args.runs:
         s, _ = settings_of(folder)
@@ -978,7 +1050,9 @@ def main(argv):
         try:
             for folder in args.runs:
                 s, _ = settings_of(folder)
-                key = s.task, s.train_size, s.dev_size, s.test_size, s.split_seed
+                key = s.fingerprints["data"]
+                if args.task and s.task not in ("imdb", "snli", "toy"):
+                    s.task = args.task
                 if key not in plans:
                     plans[key], groups[key] = make_plan(s, args), []
                 groups[key].append(evaluate(folder, plans[key], args))

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,12 +42,13 @@ import rift
 from data import InputError
 
 # The paper's numbers where tasks differ, and the toy task's own. A folder of own data has imdb's.
-PAPER = dict(method=["rift"], model="bert-base-uncased", pooling="pooler", epochs=20, lr=2e-5)
+PAPER = dict(method=["rift"], model="bert-base-uncased", pooling="pooler", epochs=20, lr=2e-5,
+             neighbors="published")
 TASKS = {
     "imdb": PAPER | dict(max_len=300, batch_size=32, beta=10.0, alpha=0.1),
     "snli": PAPER | dict(max_len=80, batch_size=120, beta=5.0, alpha=0.7),
     "toy": dict(method=["standard", "adv", "rift"], model="toy", pooling="mean", epochs=10, lr=2e-3,
-                max_len=64, batch_size=16, beta=5.0, alpha=0.2),
+                neighbors=None, max_len=64, batch_size=16, beta=5.0, alpha=0.2),
 }
 PROBE = 1000                # training texts from which dev_retained's regression is fitted
 
@@ -90,6 +92,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
                                {"params": own, "weight_decay": s.weight_decay}],
                               lr=s.lr, eps=s.adam_eps, fused=True)
     log, best = load_checkpoint(folder, model, adamw)
+    ours = identity(folder)
     if rank == 0 and log and best["epoch"] == len(log):     # if it was killed between the two files
         data.save_tensors(folder / "best.safetensors", trained(model))
 
@@ -126,10 +129,13 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
         line["seconds"] = round(time.monotonic() - start, 3)
         line |= measure(model, victim, task, s, T, T_dev)
         log.append(line)
-        score = [line["dev_hull"], line["dev_clean"]] if adversarial else [line["dev_clean"]]
-        if best is None or score >= best["score"]:                          # of equals the later
-            best = {"epoch": epoch, "score": score}
+        # the epoch is chosen on dev: by hull accuracy, of equals by clean; of equals the later
+        rule = ["dev_hull", "dev_clean"] if adversarial else ["dev_clean"]
+        score = [line[measure] for measure in rule]
+        if best is None or score >= best["score"]:
+            best = {"epoch": epoch, "rule": rule, "score": score}
         if rank == 0:
+            check_ours(folder, ours)
             data.write_atomically(folder / "log.jsonl", "".join(json.dumps(x) + "\n" for x in log))
             save_checkpoint(folder, model, adamw, log, best)
             if best["epoch"] == epoch:
@@ -139,7 +145,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
 
     if rank == 0:
         model.load_state_dict(data.load_tensors(folder / "best.safetensors")[0], strict=False)
-        finish(model.eval(), victim, task, s, folder, best["epoch"])
+        finish(model.eval(), victim, task, s, folder, best, ours)
 
 
 # ---- Its parts -----------------------------------------------------------------------------------
@@ -235,17 +241,24 @@ def check_finite(totals, model, epoch, step, adamw):
                          "and --overwrite")
 
 
-def finish(model, victim, task, s, folder, best_epoch):
-    """Measures the kept epoch on test, once, and writes the run's model and metrics.json."""
+def finish(model, victim, task, s, folder, best, ours):
+    """Measures the kept epoch on test, once, and writes the run's model and metrics.json.
+
+    best: {"epoch", "rule", "score"}: the kept epoch, and what chose it; ours: see identity().
+    """
     S = victim.features([x.words for x in task.test], bar="test")                   # (n, H)
     clean = victim.probabilities(S).argmax(-1)                                      # (n,)
     attacked, _, _ = eval.hull_attack(victim, task.test, bar="test hull",
                                       **eval.search_settings(s))
-    metrics = {"method": s.method, "task": task.name, "seed": s.seed, "best_epoch": best_epoch,
+    metrics = {"method": s.method, "task": task.name, "seed": s.seed, "best_epoch": best["epoch"],
+               "best_rule": "the highest " + ", of equals the highest ".join(best["rule"])
+                            + ", of equals the later",
+               "best_score": best["score"],
                "clean": eval.accuracy(task.test, clean),
                "hull": eval.accuracy(task.test, clean, attacked), "test_examples": len(task.test),
                "dev_examples": len(task.dev)}
     parts = {name: p for name, p in trained(model).items() if not name.startswith("encoder.")}
+    check_ours(folder, ours)
     data.save_tensors(folder / "model.safetensors", parts)
     with data.replacing(folder / "encoder") as new:
         model.encoder.save_pretrained(new)
@@ -254,7 +267,7 @@ def finish(model, victim, task, s, folder, best_epoch):
     for name in CHECKPOINTS:
         data.remove(folder / name)
     print(f"{folder}: test clean {metrics['clean']:.3f}, hull {metrics['hull']:.3f} "
-          f"(N {len(task.test)}, epoch {best_epoch} kept)")
+          f"(N {len(task.test)}, epoch {best['epoch']} kept)")
 
 
 # ---- Checkpoints and folders ---------------------------------------------------------------------
@@ -265,8 +278,9 @@ FILES = ("config.json", "neighbors.json", "log.jsonl", "metrics.json", "eval.jso
 
 
 def trained(model):
-    """{name: tensor} of all that is trained: everything but the teacher."""
-    return {name: p for name, p in model.named_parameters() if not name.startswith("teacher.")}
+    """{name: tensor} of all that is trained: everything but the teacher. Where two parts of the model
+    share a parameter, it is here under both names."""
+    return {name: p for name, p in model.state_dict().items() if not name.startswith("teacher.")}
 
 
 def save_checkpoint(folder, model, adamw, log, best):
@@ -308,20 +322,19 @@ def open_folder(folder, config):
     InputError where it has other settings, data or number of processes.
     """
     if (folder / "config.json").exists():
-        _, before = eval.settings_of(folder, finished=False)
-        for part in ("settings", "fingerprints"):
-            for key, value in config[part].items():
-                then = before[part].get(key)
-                if then != value and key not in eval.INCIDENTAL:
-                    raise InputError(f"{folder}: --resume with {key} {value}, but the run has "
-                                     f"{then}")
-        if before.get("processes") != config["processes"]:
-            raise InputError(f"{folder}: --resume with {config['processes']} processes, but the "
-                             f"run was started with {before.get('processes')}")
+        s, before = eval.settings_of(folder, finished=False)
+        then, now = (settings | {"processes": processes} for settings, processes in (
+            (vars(s), before.get("processes")),
+            (config["settings"] | {"fingerprints": config["fingerprints"]}, config["processes"])))
+        for key in now:
+            if key not in eval.INCIDENTAL and then.get(key) != now[key]:
+                raise InputError(f"{folder}: --resume with {key} {now[key]}, but the run was "
+                                 f"started with {then.get(key)}")
+        config = before
     else:
         for name in FILES:
             data.remove(folder / name)
-        data.write_json(folder / "config.json", config)
+    data.write_json(folder / "config.json", config)     # also on resuming, see identity()
     for path in folder.glob(".*.tmp"):                  # of a run that was killed as it wrote
         data.remove(path)
     finished = (folder / "metrics.json").exists()
@@ -332,12 +345,37 @@ def open_folder(folder, config):
     return not finished
 
 
+def identity(folder):
+    """What tells this command's config.json in a folder from the one that another command writes
+    when it starts there; None without one."""
+    path = folder / "config.json"
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
+
+
+def check_ours(folder, ours):
+    """Raises InputError if another train.py has started in the folder since, before this one writes
+    anything between its files."""
+    if identity(folder) != ours:
+        raise InputError(f"{folder}: another train.py has started in it meanwhile; this one stops")
+
+
 # ---- Several processes ---------------------------------------------------------------------------
 
 
 def processes():
     """(rank, number) of the processes that torchrun started; (0, 1) without it."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextmanager
+def first_process_first():
+    """A `with` block that the first process enters at once, the others when it has left it."""
+    rank, world = processes()
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and world > 1:
+        dist.barrier()
 
 
 def share(rows, y, rank, world):
@@ -386,10 +424,9 @@ def run(task, table, s, folder, known):
               "processes": world,
               "versions": {"python": platform.python_version(), "torch": torch.__version__,
                            "transformers": transformers.__version__, "numpy": np.__version__}}
-    if rank == 0 and open_folder(folder, config):
-        data.write_json(folder / "neighbors.json", table)
-    if world > 1:
-        dist.barrier()
+    with first_process_first():
+        if rank == 0 and open_folder(folder, config):
+            data.write_json(folder / "neighbors.json", table)
     if (folder / "metrics.json").exists():
         return
     model = rift.RIFT(encoder, len(task.labels), s.pooling, s.method == "rift-marginal",
@@ -402,10 +439,23 @@ def run(task, table, s, folder, known):
             victim.features([x.words for x in split], model.teacher, "teacher's features")
             for split in (task.train, task.dev)]
     if rank == 0:
+        warn(vocabulary, task)
         counts = Counter(task.labels[x.y] for x in task.train)
         classes = ", ".join(f"{counts[label]:,} {label}" for label in task.labels)
         print(f"{folder}: trains on {classes}; dev {len(task.dev):,}, test {len(task.test):,}")
     train(model, task, vocabulary, s, folder, *known[digest])
+
+
+def warn(vocabulary, task):
+    """Prints a line for each thing that is allowed but hardly meant."""
+    unknown = data.unknown_share(vocabulary, task.train)
+    if unknown > 0.2:
+        print(f"{unknown:.0%} of the training words are unknown to the model's tokenizer, or cut to "
+              "one character: is it a model for this language?", file=sys.stderr)
+    no_room = data.no_room_share(vocabulary, task.train)
+    if no_room:
+        print(f"{no_room:.1%} of the training pairs have a first text that fills --max-len "
+              f"{vocabulary.max_len}: no word of the second is seen", file=sys.stderr)
 
 
 # ---- The toy task's pre-trained encoder ----------------------------------------------------------
@@ -496,8 +546,9 @@ def parse(argv):
          help="format of the encoder's numbers (losses: fp32); auto: bf16 on GPUs that have it")
     flag("--data-dir", metavar="DIR", help="where archives, tables and NLTK data are looked for "
          "first; None: the cache")
-    flag("--neighbors", metavar="FILE", help="substitution table: vectors (.txt, .zip), a table "
-         "(.json) or wordnet; None: the counter-fitted vectors (toy: its own)")
+    flag("--neighbors", metavar="TABLE", help="substitution table: published (Jia et al.'s, which "
+         "the paper uses), vectors (computed from the counter-fitted ones), wordnet, or a file: a "
+         "table .json, vectors .txt or .zip; the toy has its own")
     flag("--train-size", type=positive, metavar="N",
          help="training texts to use, equally many of each class; None: all")
     flag("--dev-size", type=positive, metavar="N", help="dev texts, which choose the epoch; None: "
@@ -552,16 +603,17 @@ def parse(argv):
     task = named.parse_known_args(argv)[0].task
     p.set_defaults(**TASKS.get(task, TASKS["imdb"]))
     args = p.parse_args(argv)
-    args.task = str(Path(task))                         # FOLDER/ is FOLDER
     if task not in TASKS and not Path(task).is_dir():
         raise InputError(f"--task {task}: no such folder, and not toy, imdb or snli")
+    if task not in TASKS:                               # ./imdb is a folder, whatever its name
+        args.task = str(Path(task).resolve())
     if task == "toy" and args.model != "toy":
         raise InputError(f"--model {args.model}: the toy task has an encoder of its own")
     if args.resume and args.overwrite:
         raise InputError("--resume and --overwrite: only one of them")
     args.method, args.seeds = list(dict.fromkeys(args.method)), list(dict.fromkeys(args.seeds))
     args.overwrite |= task == "toy" and args.out is None and not args.resume
-    args.out = args.out or Path("runs") / Path(task).resolve().name
+    args.out = args.out or Path("runs") / Path(args.task).name
     if args.schedule is None:
         below = [0.1, 0.55][max(0, 2 - args.epochs // 3):]     # at most a third of the epochs
         args.schedule = [*below, 1.0]
@@ -576,12 +628,39 @@ def check_first(folders, s, resume, overwrite):
         if (folder / "config.json").exists() and not (resume or overwrite):
             raise InputError(f"{folder}: holds a run already; --resume goes on with it, "
                              "--overwrite replaces it, or choose another --out")
-        new = not folder.exists()
-        data.write_atomically(folder / ".writable", "")
-        data.remove(folder if new else folder / ".writable")
-    if s.neighbors or s.task != "toy":
+        data.check_writable(folder)
+    if s.neighbors:
         data.find_neighbors(s.neighbors, s.data_dir)
     data.load_encoder(s.model, s.max_len)
+
+
+def check(s, task, table, methods):
+    """Raises InputError where the texts or the table do not suffice for the methods."""
+    C = len(task.labels)
+    if len(task.dev) < max(4, 2 * C):
+        raise InputError(f"--dev-size: dev has {len(task.dev)} texts, wanted at least "
+                         f"{max(4, 2 * C)}, two of each class")
+    changeable = any(any(data.substitutes(x.words[-1], table)) for x in task.train)
+    if not changeable and any(map(rift.has_adversary, methods)):
+        raise InputError(f"--neighbors {s.neighbors}: has no synonym for any word of the training "
+                         "texts")
+    if s.batch_size < 2 * C:                            # before the teacher reads all texts
+        raise InputError(f"--batch-size {s.batch_size}: wanted at least {2 * C}, two texts of each "
+                         f"of {C} classes")
+
+
+def start_processes(s):
+    """Joins the processes that torchrun has started, if it has. Raises InputError where its
+    environment variables are there only in part."""
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        return
+    missing = [x for x in ("RANK", "MASTER_ADDR", "MASTER_PORT") if x not in os.environ]
+    if missing:
+        raise InputError(f"the environment has WORLD_SIZE but not {missing[0]}: start with torchrun, "
+                         "or remove it")
+    # the other processes wait while the first one reads texts or measures test: for hours
+    backend = "nccl" if data.pick_device(s.device).type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))
 
 
 @data.command
@@ -591,33 +670,21 @@ def main(argv):
         # from here on the device "cuda" is a GPU of this process's own
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     args, s = parse(argv)
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        # the other processes wait while the first one reads texts or measures test: for hours
-        backend = "nccl" if data.pick_device(s.device).type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))
-    rank, world = processes()
+    start_processes(s)
+    rank, _ = processes()
     if s.model == "toy":
         s.model = str(toy_encoder())
     folders = {(method, seed): args.out / (method if len(args.seeds) == 1 else f"{method}-{seed}")
                for method in args.method for seed in args.seeds}
     if rank == 0:
         check_first(folders.values(), s, args.resume, args.overwrite)
-    if world > 1 and rank > 0:
-        dist.barrier()                                  # the first process fills the cache of texts
-    task = data.open_task(s)
-    table = data.open_table(s, task)
-    if world > 1 and rank == 0:
-        dist.barrier()
-    if len(task.dev) < max(4, 2 * len(task.labels)):
-        raise InputError(f"--dev-size: dev has {len(task.dev)} texts, wanted at least "
-                         f"{max(4, 2 * len(task.labels))}, two of each class")
-    changeable = any(any(data.substitutes(x.words[-1], table)) for x in task.train)
-    if not changeable and any(map(rift.has_adversary, args.method)):
-        raise InputError(f"--neighbors {s.neighbors}: has no synonym for any word of the training "
-                         "texts")
-    if s.batch_size < 2 * len(task.labels):             # before the teacher reads all texts
-        raise InputError(f"--batch-size {s.batch_size}: wanted at least {2 * len(task.labels)}, "
-                         f"two texts of each of {len(task.labels)} classes")
+        if s.precision == "bf16" and data.bf16_is_slow(data.pick_device(s.device)):
+            print("--precision bf16: this processor has no bf16 arithmetic, fp32 is several times "
+                  "faster", file=sys.stderr)
+    with first_process_first():                         # it fills the cache of texts
+        task = data.open_task(s)
+        table = data.open_table(s, task)
+    check(s, task, table, args.method)
     if args.overwrite and rank == 0:    # all now: after a stop --resume must find no old run
         for folder in folders.values():
             data.remove(folder / "config.json")         # a folder without it holds no run
