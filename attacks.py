@@ -6,6 +6,7 @@ returns the words of the adversarial text. It sees probabilities only, so any cl
 
 - `pwws`: greedy, most salient word first (Ren et al., ACL 2019)
 - `genetic`: a population of texts that mutate and mate (Alzantot et al., EMNLP 2018)
+- `exhaustive`: every combination of swaps; only this one can show that a text cannot be fooled
 - `attack`: runs an attack on many examples; batching, caching and progress are all in here
 - `lm_constraint`, `scores_constraint`: drop synonyms that a language model finds odd (Jia et al.)
 
@@ -17,11 +18,11 @@ import numbers
 import sys
 import warnings
 import zipfile
-from contextlib import suppress
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
-from itertools import islice
+from itertools import combinations, islice, product
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def margin(P, y):
 
     P: (N, C) probabilities; y: int. With two classes it orders texts as P(y) does.
     """
-    log_P = np.log(np.maximum(P, 1e-300))  # a float32 probability can underflow to 0
+    log_P = np.log(np.maximum(P, 1e-300))   # a float32 probability can underflow to 0
     return log_P[:, y] - np.delete(log_P, y, axis=1).max(axis=1)
 
 
@@ -70,16 +71,16 @@ def pwws(words, y, synonyms, rng=None, unknown="NULL"):
     P_x = (yield [words])[0, y]
     P = yield (replace(words, i, unknown) for i in range(len(words)))
     S = np.exp(P_x - P[:, y])
-    S = S / S.sum()  # (n,), no overflow: the differences are in [-1, 1]
+    S = S / S.sum()     # (n,), no overflow: the differences are in [-1, 1]
 
     swaps = [(i, w) for i in positions_of(words, synonyms) for w in synonyms[i]]
     P = yield (replace(words, i, w) for i, w in swaps)
     dP, best = {}, {}
     for (i, w), drop in zip(swaps, P_x - P[:, y]):
-        if i not in dP or drop >= dP[i]:  # the last of equals
+        if i not in dP or drop >= dP[i]:    # the last of equals
             dP[i], best[i] = drop, w
 
-    for i in sorted(dP, key=lambda i: -S[i] * dP[i]):  # a stable sort: the first of equals
+    for i in sorted(dP, key=lambda i: -S[i] * dP[i]):   # a stable sort: the first of equals
         words = replace(words, i, best[i])  # also where dP is negative
         P = yield [words]
         if P[0].argmax() != y:
@@ -112,7 +113,7 @@ def genetic(words, y, synonyms, rng, population=60, generations=40):
         fitness, best, start = margin(P, y), [], 0
         for i in at:
             end = start + 1 + len(synonyms[i])
-            best.append(start + fitness[start:end].argmin())  # the first of equals
+            best.append(start + fitness[start:end].argmin())    # the first of equals
             start = end
         return [replace(*swaps[b]) for b in best], P[best]
 
@@ -122,13 +123,35 @@ def genetic(words, y, synonyms, rng, population=60, generations=40):
         elite = fitness.argmin()
         if P[elite].argmax() != y:
             break
-        p = 1 / (1 + np.exp(fitness)) + 1e-8  # sigmoid(-margin): for two classes 1 - P(y) + 1e-8
+        p = 1 / (1 + np.exp(fitness)) + 1e-8    # sigmoid(-margin): for two classes 1 - P(y) + 1e-8
         parents = rng.choice(population, size=(population - 1, 2), p=p / p.sum())
         children = [crossover(members[a], members[b]) for a, b in parents]
         children, P_children = yield from perturb(children)
         members = [members[elite]] + children
         P = np.vstack([P[elite], P_children])
-    return members[margin(P, y).argmin()]  # the last generation's children are checked too
+    return members[margin(P, y).argmin()]   # the last generation's children are checked too
+
+
+def exhaustive(words, y, synonyms, rng=None):
+    """Every combination of swaps, those of fewer words first; `rng` is not used.
+
+    So a success changes as few words as any attack can, and a text that survives without being
+    stopped by max_queries cannot be fooled at all. Word i, with k_i synonyms, makes the number of
+    texts (1 + k_i) times as large.
+    """
+    positions = positions_of(words, synonyms)
+    swapped = (text for n in range(1, len(positions) + 1)
+               for at in combinations(positions, n)
+               for text in product(*(synonyms[i] if i in at else [w] for i, w in enumerate(words))))
+    while texts := list(islice(swapped, 64)):   # all at once would not fit in memory
+        try:
+            P = yield texts
+        except OutOfQueries as limit:
+            P, swapped = limit.P, iter(())  # the answers until then; no more texts
+        fooled = P.argmax(axis=1) != y
+        if fooled.any():
+            return texts[fooled.argmax()]
+    return words
 
 
 # ---- Many examples at once -----------------------------------------------------------------------
@@ -147,6 +170,8 @@ class Result:
     prediction: int     # the victim's, on `adversarial`
     words_changed: int  # number of positions
     queries: int        # distinct texts sent to the victim for this example, the original included
+    stopped: bool       # it survived, but only because max_queries ended the search: true robust
+                        # accuracy is from (survived - stopped) / N to survived / N
     correct: bool       # the victim was right on `original`; otherwise it was not attacked
     substitutable: int  # number of positions that could change, also where it was not attacked
 
@@ -158,27 +183,29 @@ def attack(victim, examples, method, synonyms, *, seed=0, batch_size=64, in_flig
     victim:      callable, list of N texts -> (N, C) class probabilities (list, numpy or torch). It
                  may have these attributes. `key`, text -> bytes or str: what the model really sees,
                  such as its token ids; texts with the same key are sent once. `visible`, text ->
-                 how many words of the changeable text it sees. `labels`: its class names in order.
+                 how many words of the changeable text it sees. `labels`: its classes in order, a
+                 list or an array such as scikit-learn's classes_.
     examples:    iterable, read lazily, of (index, text, y). A text is lower-case words joined by
-                 single spaces; of a pair (premise, hypothesis) only the second changes. y is the
-                 class number or one of the victim's labels. Mind the order of the classes: SNLI is
-                 entailment 0, contradiction 1, neutral 2 here, but many published models have
-                 neutral 1 and contradiction 2.
+                 single spaces; of a pair, a tuple (premise, hypothesis), only the second changes. y
+                 is one of the victim's labels or, unless these are numbers, the class number. Mind
+                 the order of the classes: SNLI is entailment 0, contradiction 1, neutral 2 here,
+                 but many published models have neutral 1 and contradiction 2.
     method:      an attack; set its parameters with functools.partial(genetic, population=20)
     synonyms:    mapping word -> list of words, or callable (index, words) -> a list for each word
     in_flight:   how many examples are attacked at once
     max_words:   only the first max_words words of the changeable text may change, or as many as are
                  visible if that is less. The victim still gets the whole text.
     max_queries: how many different texts may be sent for an example, its original included. An
-                 attack that wants one more is stopped; then the example has survived, unchanged.
+                 attack that wants one more is stopped by OutOfQueries; unless it catches that, the
+                 example has survived, unchanged.
     name:        Result.attack, by default the method's own name
 
     Each example has its own random stream, seeded with (seed, index): if the victim's answer for a
     text does not depend on the batch, the result depends neither on batch_size nor on the other
     examples. Raises ValueError when batch_size, in_flight, max_words or max_queries is less than 1,
-    the victim's output is not a probability per class, its labels are not one per class, y is not
-    one of its classes, or a text does not get a list of synonyms for each word. Warns if no word of
-    any text could change.
+    an example is none, the victim's output is not a probability per class, of as many classes each
+    time and as it has labels, y is not one of them, a text does not get a list of synonyms for each
+    word, or the attack does not do what `pwws` does. Warns if no word of any text could change.
     """
     limits = batch_size, in_flight, max_words, max_queries
     if any(limit is not None and limit < 1 for limit in limits):
@@ -186,8 +213,8 @@ def attack(victim, examples, method, synonyms, *, seed=0, batch_size=64, in_flig
                          f"not {', '.join(map(str, limits))}")
     name = name or (method.func if isinstance(method, partial) else method).__name__
     total = len(examples) if hasattr(examples, "__len__") else None
-    examples, running = iter(examples), []
-    done, robust, substitutable = 0, 0, 0
+    examples, running, C = iter(examples), [], None
+    done, robust, substitutable, unseen = 0, 0, 0, 0
     with tqdm(total=total, desc=name, disable=None if progress else True, leave=False) as bar:
         while True:
             for item in islice(examples, in_flight - len(running)):
@@ -198,66 +225,87 @@ def attack(victim, examples, method, synonyms, *, seed=0, batch_size=64, in_flig
                 running.append(example)
             if not running:
                 break
-            ask(victim, running, batch_size, max_queries)
+            C = ask(victim, running, batch_size, max_queries, C)
             unfinished = []
             for example in running:
                 try:
                     if example.spent:
-                        example.begin(example.steps.throw(OutOfQueries))
+                        example.begin(example.steps.throw(OutOfQueries(example.answers(C))))
                     elif example.complete:
-                        P = [example.memory[digest] for digest in example.asked]
-                        example.begin(example.steps.send(np.array(P)))  # (texts wanted, C)
+                        example.begin(example.steps.send(example.answers(C)))
                     unfinished.append(example)
                 except StopIteration as stop:
                     result = stop.value
                     done += 1
                     robust += result.correct and not result.success
                     substitutable += result.substitutable
+                    unseen += bool(example.rest and not example.words)
                     bar.update()
                     bar.set_postfix_str(f"robust {robust / done:.1%}")
                     yield result
             running = unfinished
     if done and not substitutable:
-        warnings.warn(f"{name}: no word of the {done} texts has a synonym, nothing was attacked. "
-                      "A text is lower-case words joined by single spaces", stacklevel=2)
+        reason = "is visible to the victim" if unseen == done else "has a synonym"
+        warnings.warn(f"{name}: no word of the {done} texts {reason}, nothing was attacked. A text "
+                      "is lower-case words joined by single spaces", stacklevel=2)
 
 
 def checked(item):
     """The example (index, text, y). Raises ValueError where it is something else."""
-    with suppress(TypeError, ValueError):
+    try:
         index, text, y = item
-        if isinstance(index, numbers.Integral) and index >= 0:
-            return item
-    raise ValueError(f"{item!r:.80} is no example: expected (index, text, label), with an index of "
-                     "at least 0")
+        numbered = isinstance(index, numbers.Integral) and index >= 0
+    except (TypeError, ValueError):
+        numbered = False
+    if not numbered:
+        raise ValueError(f"{item!r:.80} is no example: expected (index, text, label), with an "
+                         "index of at least 0")
+    parts = text if isinstance(text, tuple) and len(text) == 2 else [text]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"example {index} has the text {text!r:.80}: expected a string, or a "
+                         "tuple of two strings (premise, hypothesis)")
+    return index, text, y
 
 
 class OutOfQueries(Exception):
-    """Raised inside an attack that wants more texts than max_queries."""
+    """Raised inside an attack that wants more texts than max_queries. P: (N, C), the probabilities
+    of the first N texts that it wanted in this round, those before the limit."""
+
+    def __init__(self, P):
+        self.P = P
 
 
 class Running:
     """An example under attack: the words that may change, and the texts its attack waits for."""
 
     def __init__(self, text, victim, max_words):
-        *self.premise, changeable = [text] if isinstance(text, str) else text  # [] of a single text
+        *self.premise, changeable = [text] if isinstance(text, str) else text   # [] of one text
         words = tuple(changeable.split(" ")) if changeable else ()
         n = len(words) if max_words is None else max_words
         if hasattr(victim, "visible"):
             n = min(n, victim.visible(text))
-        self.words, self.rest = words[:n], words[n:]  # `rest` is sent, but never changed
+        self.words, self.rest = words[:n], words[n:]    # `rest` is sent, but never changed
         self.length = len(words) + sum(len(part.split(" ")) for part in self.premise)
-        self.memory = {}  # every answer so far: digest of a text -> C probabilities
+        self.memory = {}        # every answer so far: digest of a text -> C probabilities
+        self.stopped = False    # True once it has wanted more texts than max_queries
 
     def text(self, words):
         """The text that the victim gets: with `words` in place of self.words."""
-        text = " ".join(words + self.rest)
+        try:
+            text = " ".join(words + self.rest)
+        except TypeError:
+            raise ValueError(f"the attack wants {words!r:.80} scored: expected a tuple of words, "
+                             "in a list of such texts") from None
         return (*self.premise, text) if self.premise else text
 
     def begin(self, wanted):
-        """Start a round: the texts (tuples of words) that the attack wants to see scored."""
-        self.wanted, self.asked = iter(wanted), []  # asked: digests of the texts taken from wanted
+        """Starts a round: the texts (tuples of words) that the attack wants to see scored."""
+        self.wanted, self.asked = iter(wanted), []  # asked: digests of texts taken from wanted
         self.complete = self.spent = False  # spent: the next new text would exceed max_queries
+
+    def answers(self, C):
+        """P (N, C) of the N texts asked in this round."""
+        return np.array([self.memory[digest] for digest in self.asked]).reshape(-1, C)
 
 
 def attack_one(example, index, y, victim, method, synonyms, seed, name):
@@ -273,49 +321,57 @@ def attack_one(example, index, y, victim, method, synonyms, seed, name):
     correct = bool(P_x[0].argmax() == y)
     adversarial, P = words, P_x
     if correct and substitutable:
-        rng = np.random.default_rng([seed, index])
+        steps = method(words, y, candidates[:len(words)], np.random.default_rng([seed, index]))
+        if not isinstance(steps, Generator):
+            raise ValueError(f"the attack {name} returned {steps!r:.80}: expected a generator, "
+                             "which yields the texts that it wants scored")
         try:
-            found = tuple((yield from method(words, y, candidates[:len(words)], rng)))
-            if len(found) != len(words):
-                raise ValueError(f"the attack {name} returned {len(found)} words for a text of "
-                                 f"{len(words)}")
-            P = yield [found]  # costs nothing where the attack has asked it already
-            adversarial = found
+            found = yield from steps
+            if not isinstance(found, (tuple, list)) or len(found) != len(words):
+                raise ValueError(f"the attack {name} returned {found!r:.80}: expected the words of "
+                                 f"a text of {len(words)}")
+            P = yield [tuple(found)]    # costs nothing where the attack has asked it already
+            adversarial = tuple(found)
         except OutOfQueries:
             pass
     prediction = int(P[0].argmax())
-    changed = sum(v != w for v, w in zip(words, adversarial))
-    return Result(int(index), name, y, example.text(words), example.text(adversarial),
-                  correct and prediction != y, prediction, changed, len(example.memory), correct,
-                  substitutable)
+    success = correct and prediction != y
+    return Result(int(index), name, y, example.text(words), example.text(adversarial), success,
+                  prediction, sum(v != w for v, w in zip(words, adversarial)), len(example.memory),
+                  example.stopped and not success, correct, substitutable)
 
 
 def class_of(y, index, labels, C):
     """The class number, a plain int, of the label y. Raises ValueError as `attack` says."""
-    right = f"an integer from 0 to {C - 1}"
+    def plain(x):
+        return x.item() if getattr(x, "ndim", None) == 0 else x     # of numpy or torch
+
+    y = plain(y)
+    right, numbered = f"an integer from 0 to {C - 1}", True
     if labels is not None:
-        right += f" or one of {labels}"
+        labels = [plain(label) for label in labels]
         if len(labels) != C:
             raise ValueError(f"the victim returns {C} probabilities for a text, but has the labels "
                              f"{labels}: expected {C} of them")
-        if isinstance(y, str) and y in labels:
+        if isinstance(y, (str, int)) and y in labels:
             return labels.index(y)
-    if isinstance(y, torch.Tensor) and y.ndim == 0:
-        y = y.item()
-    if isinstance(y, numbers.Integral) and not isinstance(y, bool) and 0 <= y < C:
+        numbered = not any(isinstance(label, int) for label in labels)  # else 1 could mean either
+        right = f"{right} or one of {labels}" if numbered else f"one of {labels}"
+    if numbered and isinstance(y, int) and not isinstance(y, bool) and 0 <= y < C:
         return int(y)
     raise ValueError(f"example {index} has label {y!r}: expected {right}")
 
 
-def ask(victim, running, batch_size, max_queries):
-    """Take up to four batches of new texts from each example and remember the victim's answers.
+def ask(victim, running, batch_size, max_queries, C):
+    """Takes up to four batches of new texts from each example, remembers the victim's answers, and
+    returns the number of classes. C: that of earlier answers, None before the first.
 
     Texts of similar length share a batch (little padding). A round can want n texts of n words, or
     more. To save memory they are made a few at a time, and of each only a 16-byte digest and the
     answer are kept.
     """
     key = getattr(victim, "key", None)
-    new = []  # (example, digest, text)
+    new = []    # (example, digest, text)
     for example in running:
         enough = len(new) + 4 * batch_size
         for words in example.wanted:
@@ -323,14 +379,13 @@ def ask(victim, running, batch_size, max_queries):
             seen = key(text) if key else text
             seen = seen if isinstance(seen, bytes) else repr(seen).encode()
             digest = blake2b(seen, digest_size=16).digest()
+            if digest not in example.memory:
+                if len(example.memory) == max_queries:
+                    example.spent = example.stopped = True
+                    break
+                example.memory[digest] = None   # its place: a text wanted twice is asked once
+                new.append((example, digest, text))
             example.asked.append(digest)
-            if digest in example.memory:
-                continue
-            if len(example.memory) == max_queries:
-                example.spent = True
-                break
-            example.memory[digest] = None  # its place: a text wanted twice is asked once
-            new.append((example, digest, text))
             if len(new) == enough:
                 break
         else:
@@ -339,16 +394,23 @@ def ask(victim, running, batch_size, max_queries):
     for start in range(0, len(new), batch_size):
         batch = new[start:start + batch_size]
         P = check_probabilities(victim([text for _, _, text in batch]), len(batch))
+        if C not in (None, P.shape[1]):
+            raise ValueError(f"the victim returned {P.shape[1]} probabilities for a text, but {C} "
+                             "for earlier ones: expected as many each time")
+        C = P.shape[1]
         for (example, digest, _), row in zip(batch, P.tolist()):
             example.memory[digest] = row
+    return C
 
 
 def check_probabilities(P, N):
     """A victim's answer to N texts as a float64 array (N, C), from list, numpy or torch. ValueError
     unless C >= 2 and each row is finite, not negative and sums to 1 (within 1e-2, for bfloat16)."""
+    def detached(x):
+        return x.detach().to("cpu", torch.float64) if isinstance(x, torch.Tensor) else x
+
     right = f"expected class probabilities of shape ({N}, C), C >= 2, one row per text"
-    if isinstance(P, torch.Tensor):
-        P = P.detach().to("cpu", torch.float64)
+    P = [detached(row) for row in P] if isinstance(P, (list, tuple)) else detached(P)
     try:
         P = np.asarray(P, dtype=np.float64)
     except (TypeError, ValueError):
@@ -356,7 +418,7 @@ def check_probabilities(P, N):
                          f"{right}") from None
     if P.ndim != 2 or len(P) != N or P.shape[1] < 2:
         raise ValueError(f"the victim returned an array of shape {P.shape}; {right}")
-    good = (P >= 0).all(axis=1) & (abs(P.sum(axis=1) - 1) < 1e-2)  # False for nan and inf too
+    good = (P >= 0).all(axis=1) & (abs(P.sum(axis=1) - 1) < 1e-2)   # False for nan and inf too
     if not good.all():
         row = P[good.argmin()].round(4).tolist()[:9]
         raise ValueError(f"the victim returned a row {row}; {right}, in [0, 1] and summing to 1 "
@@ -411,7 +473,7 @@ class CausalLM:
 
     def __init__(self, name_or_dir, device="cpu", batch_size=64):
         self.tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=False)
-        if self.tokenizer.mask_token is not None:  # its head would be loaded with random weights
+        if self.tokenizer.mask_token is not None:   # its head would be loaded with random weights
             raise ValueError(f"{name_or_dir}: is a masked language model, expected a causal one")
         model = AutoModelForCausalLM.from_pretrained(name_or_dir, use_safetensors=True,
                                                      trust_remote_code=False)
@@ -433,10 +495,10 @@ class CausalLM:
         log_p = np.zeros(len(ids))
         for start in range(0, len(order), self.batch_size):
             rows = order[start:start + self.batch_size]
-            x = pad_sequence([ids[k] for k in rows], batch_first=True, padding_value=-100)  # (B, L)
-            x = x.to(self.model.device)
+            x = pad_sequence([ids[k] for k in rows], batch_first=True, padding_value=-100)
+            x = x.to(self.model.device)                                         # (B, L)
             logits = self.model(input_ids=x.clamp(min=0), attention_mask=(x >= 0).long()).logits
-            logits = logits[:, :-1].transpose(1, 2)  # (B, V, L-1)
+            logits = logits[:, :-1].transpose(1, 2)                             # (B, V, L-1)
             nll = F.cross_entropy(logits, x[:, 1:], reduction="none", ignore_index=-100)  # (B, L-1)
             log_p[rows] = -nll.sum(dim=1).double().cpu().numpy()
         return log_p
@@ -462,7 +524,7 @@ def read_lm_scores(path, sentences=None, task=""):
         raise ValueError(f"{path}: holds {len(files)} .txt files with {task!r} in their names, "
                          "wanted one")
     scores = {}
-    index, of_sentence, n = None, None, 0  # of the last sentence: index, scores, number of words
+    index, of_sentence, n = None, None, 0   # of the last sentence: index, scores, number of words
     with files[0].open("rb") as file:
         for number, line in enumerate(file, 1):
             try:

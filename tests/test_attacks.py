@@ -3,24 +3,27 @@
 - an attack changes only words that have synonyms, only into a synonym of the original word;
 - success means that the victim's own prediction on the returned text is wrong;
 - PWWS and the genetic attack follow their pseudo-code, ties included, and ask for nothing more;
+- the exhaustive attack finds what brute force finds, and the fewest swaps;
 - a result depends on the seed and the example alone; its queries are the texts really sent;
 - the language-model constraint keeps exactly the candidates within the threshold.
 """
+import itertools
 import json
 import shutil
+import warnings
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import attacks
 import data
-from attacks import (CausalLM, Result, attack, genetic, lm_constraint, margin, pwws, read_lm_scores,
-                     scores_constraint)
+from attacks import (CausalLM, Result, attack, exhaustive, genetic, lm_constraint, margin, pwws,
+                     read_lm_scores, scores_constraint)
 from tests import golden
 
 VOCABULARY = [f"w{k}" for k in range(40)]
@@ -146,17 +149,22 @@ def test_a_misclassified_example_is_not_attacked():
     victim, table = BagOfWords(0), {"w1": ["w2"]}
     y = label(victim, "w1 w3")
     assert run(victim, [(0, "w1 w3", 1 - y)], None, table, name="a") == [
-        Result(0, "a", 1 - y, "w1 w3", "w1 w3", False, y, 0, 1, correct=False, substitutable=1)]
+        Result(0, "a", 1 - y, "w1 w3", "w1 w3", False, y, 0, 1, stopped=False, correct=False,
+               substitutable=1)]
 
 
-@pytest.mark.parametrize("text", ["", "w2 w2 w2", ("w3", "W3")])
-def test_nothing_to_substitute_survives_and_is_warned_of_once(text):
+@pytest.mark.parametrize("text, visible, reason", [
+    ("", 9, "has a synonym.*lower-case"), ("w2 w2 w2", 9, "has a synonym"),
+    (("w3", "W3"), 9, "has a synonym"), (("w3", "w3"), 0, "is visible to the victim")])
+def test_nothing_to_substitute_survives_and_is_warned_of_once(text, visible, reason):
     victim = BagOfWords(0)
-    victim.weight["W3"] = victim.zero
+    victim.weight["W3"], victim.visible = victim.zero, lambda text: visible
     examples = [(i, text, label(victim, text)) for i in range(3)]
-    with pytest.warns(UserWarning, match="no word of the 3 texts has.*lower-case") as seen:
+    with pytest.warns(UserWarning, match=f"no word of the 3 texts {reason}") as seen:
         results = run(victim, examples, None, {"w3": ["w4"]}, name="a")
     assert len(seen) == 1
+    with warnings.catch_warnings(action="error"):
+        assert run(victim, [], None, {}, name="a") == []
     for r in results:
         assert (r.success, r.correct, r.queries, r.adversarial) == (False, True, 1, text)
         assert r.substitutable == 0
@@ -255,11 +263,13 @@ def test_the_children_of_the_last_generation_are_checked():
 
 def test_the_genetic_attack_stops_when_its_best_member_fools_the_model():
     fooled = lambda words: [0.6, 0.4] if "a1" in words else [0.4, 0.6]
-    words, rounds = run_genetic(("a", "b"), [["a1"], []], fooled, population=4, generations=9)
+    words, rounds = run_genetic(("a", "b"), [["a1"], []], fooled, population=2, generations=9)
     assert words == ("a1", "b") and len(rounds) == 1
-    assert rounds[0][0] == [("a", "b"), ("a1", "b")] * 4  # the original word, then its synonyms
-    words, _ = run_genetic(("a", "b"), [["a1"], ["b1"]], lambda words: [0.4, 0.6], population=5)
+    assert rounds[0][0] == [("a", "b"), ("a1", "b")] * 2  # the original word, then its synonyms
+    words, rounds = run_genetic(("a", "b"), [["a1"], ["b1"]], lambda words: [0.4, 0.6])
     assert words == ("a", "b")  # the first of equals
+    # by default 60 members, 40 generations
+    assert [len(texts) for texts, _ in rounds] == [2 * 60] + 40 * [2 * 59]
 
 
 def test_parents_are_drawn_by_their_fitness_and_a_fair_coin_picks_each_word():
@@ -309,6 +319,44 @@ def test_a_mutation_tries_the_original_word_whatever_the_text_holds_there():
     assert len(rounds) == 5
 
 
+# ---- The exhaustive attack -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("premise", [(), ("w1 w2",)], ids=["text", "pair"])
+def test_exhaustive_finds_what_brute_force_finds_with_the_fewest_swaps(premise):
+    """It asks for every text where none fools the victim, and so never survives where PWWS or the
+    genetic attack succeeds."""
+    seen = set()
+    for seed in range(8):
+        victim, examples, table = random_case(seed, C=2 + len(premise), longest=6, premise=premise)
+        results = run(victim, examples, exhaustive, table)
+        assert len(victim.asked) == sum(r.queries for r in results)
+        weaker = [run(victim, examples, method, table) for method in (pwws, small_genetic)]
+        for (_, text, y), r, *others in zip(examples, results, *weaker):
+            words = (text[-1] if premise else text).split()
+            texts = list(itertools.product(*({w, *table.get(w, [])} for w in words)))
+            P = victim([(*premise, " ".join(new)) if premise else " ".join(new) for new in texts])
+            fewest = min((sum(v != w for v, w in zip(words, new))
+                          for new, p in zip(texts, P) if p.argmax() != y), default=None)
+            assert r.success == (fewest is not None) and not r.stopped
+            assert r.words_changed == fewest if r.success else r.queries == len(texts)
+            assert r.success or not any(other.success for other in others)
+            seen.add(fewest)
+    assert seen >= {None, 1, 2}
+
+
+def test_exhaustive_uses_every_query_that_it_has_and_stops_at_the_limit():
+    """One of 3 ** 40 texts fools the victim: the fourth that is asked for."""
+    fooling = " ".join(["w0", "x", *VOCABULARY[2:]])    # after the original, and w0 as x and as y
+    victim = lambda texts: np.array([[0, 1] if text == fooling else [1, 0] for text in texts])
+    example, table = (0, " ".join(VOCABULARY), 0), {w: ["x", "y"] for w in VOCABULARY}
+    for n in (1, 3, 4, 5, 1000):
+        r, = run(victim, [example], exhaustive, table, max_queries=n)
+        assert r.success == (n >= 4) and r.stopped == (n < 4) and r.queries <= n
+    r, = run(returns(sure), [example], exhaustive, table, max_queries=3000)
+    assert r.queries == 3000 and r.stopped and r.adversarial == r.original
+
+
 # ---- How much of a text, and how many texts ------------------------------------------------------
 
 
@@ -333,12 +381,13 @@ def test_words_behind_those_that_the_victim_sees_make_no_difference(method):
 
 
 @ATTACKS
-def test_an_example_that_has_used_up_its_queries_survived(method):
+def test_an_example_that_has_used_up_its_queries_survived_and_was_stopped(method):
     victim, examples, table = random_case(0)
     free, stopped = run(victim, examples, method, table), 0
     for max_queries in (1, 2, 10, 30, 1000):
         limited = run(victim, examples, method, table, max_queries=max_queries)
         for r, f in zip(limited, free):
+            assert r.stopped == (f.queries > max_queries) and not f.stopped
             if f.queries <= max_queries:
                 assert r == f
             else:
@@ -387,10 +436,15 @@ def sure(N):
     return np.tile([1.0, 0.0], (N, 1))
 
 
-def shortens(words, y, synonyms, rng):
-    """An attack that leaves a word out."""
-    yield [words]
-    return words[:1]
+def ends_with(found, wanted=()):
+    """An attack that asks for the wanted texts and returns what was found."""
+    def own(words, y, synonyms, rng):
+        yield wanted
+        return found
+    return own
+
+
+CAN_CHANGE = dict(synonyms={"w1": ["w2"]})
 
 
 @pytest.mark.parametrize("change, message", [
@@ -406,13 +460,25 @@ def shortens(words, y, synonyms, rng):
     (dict(victim=returns(sure, ["neg", "pos"]), examples=[(7, "w1 w2", "good")]),
      r"label 'good': expected .* or one of \['neg', 'pos'\]"),
     (dict(victim=returns(sure, ["a", "b", "c"])), "returns 2 probabilities .* 'c'.*expected 2"),
+    (dict(victim=returns(sure, np.array([1, 2])), examples=[(7, "w1 w2", 0)]),
+     r"label 0: expected one of \[1, 2\]"),
+    (CAN_CHANGE | dict(victim=returns(lambda N, C=itertools.count(2): np.eye(next(C))[[0] * N])),
+     "returned 3 probabilities .* but 2 for earlier"),
     *[(dict(synonyms=lambda index, words, wrong=wrong: wrong),
        "'w1 w2' has 2 words.*expected 2 lists") for wrong in ([["a"]], ["a", ["a"]])],
     *[({limit: 0}, f"{limit}.* at least 1, not ")
       for limit in ("batch_size", "in_flight", "max_words", "max_queries")],
-    (dict(method=partial(genetic, population=1), synonyms={"w1": ["w2"]}), "at least 2, not 1"),
-    (dict(examples=["w1 w2"]), "is no example"),
-    (dict(method=shortens, synonyms={"w1": ["w2"]}), "shortens returned 1 words for a text of 2"),
+    (CAN_CHANGE | dict(method=partial(genetic, population=1)), "at least 2, not 1"),
+    *[(dict(examples=[item]), "is no example") for item in ("w1 w2", ("w1 w2", 0), (-1, "w1", 0))],
+    *[(dict(examples=[(7, text, 0)]), "example 7 has the text .*: expected a string, or a tuple")
+      for text in ({"premise": "w1", "hypothesis": "w2"}, ["w1", "w2"], ("w1", None), ("w1",),
+                   ("w1", "w2", "w3"), None, np.nan, b"w1 w2")],
+    *[(CAN_CHANGE | dict(method=ends_with(found)), "own returned .*: expected the words of a text "
+       "of 2") for found in (("w1",), "w2 w2", "w2", None)],
+    (CAN_CHANGE | dict(method=lambda words, y, synonyms, rng: words),
+     r"<lambda> returned \('w1', 'w2'\): expected a generator"),
+    *[(CAN_CHANGE | dict(method=ends_with(("w2", "w2"), wanted)), "wants 'w2.*tuple of words")
+      for wanted in (["w2 w2"], ("w2", "w2"))],
 ])
 def test_what_cannot_be_attacked_is_refused(change, message):
     good = dict(victim=returns(sure), examples=[(7, "w1 w2", 0)], method=pwws, synonyms={})
@@ -420,15 +486,24 @@ def test_what_cannot_be_attacked_is_refused(change, message):
         run(**good | change)
 
 
-@pytest.mark.parametrize("kind, form", [
-    (int, np.ndarray.tolist), (np.uint8, np.ndarray.tolist), ({0: "neg", 1: "pos"}.get, np.array),
-    (torch.tensor, lambda P: torch.tensor(P, requires_grad=True))])
-def test_labels_and_probabilities_may_be_of_any_kind_and_results_are_plain(kind, form):
-    """Labels may be names too."""
+def with_gradients(P):
+    return torch.tensor(P, requires_grad=True)
+
+
+NAMES = np.array(["neg", "pos"])
+
+
+@pytest.mark.parametrize("kind, labels, form", [
+    (int, ["neg", "pos"], np.ndarray.tolist), (np.uint8, NAMES, np.ndarray.tolist),
+    (NAMES.tolist().__getitem__, NAMES, np.array), (NAMES.__getitem__, ("neg", "pos"), list),
+    ([1, 2].__getitem__, np.array([1, 2]), list), (np.bool_, np.array([False, True]), list),
+    (torch.tensor, None, with_gradients), (torch.tensor, None, lambda P: list(with_gradients(P)))])
+def test_labels_and_probabilities_may_be_of_any_kind_and_results_are_plain(kind, labels, form):
+    """Labels may be names too, or a scikit-learn classifier's classes_."""
     bag, examples, table = random_case(4)
     expected = run(bag, examples, pwws, table)
     victim = lambda texts: form(bag(texts))
-    victim.labels = ["neg", "pos"]
+    victim.labels = labels
     results = run(victim, [(np.int64(i), text, kind(y)) for i, text, y in examples], pwws, table)
     assert results == expected
     assert json.loads(json.dumps([vars(r) for r in results])) == [vars(r) for r in expected]
@@ -504,13 +579,15 @@ def test_a_line_of_the_wrong_shape_is_named(tmp_path, line):
 def save_gpt2(folder, n_positions, **special):
     """A tiny GPT-2 with a token for each word, in the folder; its tokens' log-probabilities."""
     torch.manual_seed(0)
-    vocabulary = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "<s>", *VOCABULARY])}
+    vocabulary = {w: i for i, w in enumerate([*VOCABULARY, "[UNK]", "<s>"])}    # 0 is a word
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(       # its own special tokens
+        single="<s> $A <s>", special_tokens=[("<s>", vocabulary["<s>"])])
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
     model = GPT2LMHeadModel(GPT2Config(
         vocab_size=len(vocabulary), n_embd=16, n_layer=2, n_head=2, n_positions=n_positions,
-        initializer_range=0.5, bos_token_id=2, eos_token_id=2)).eval()
+        initializer_range=0.5, bos_token_id=41, eos_token_id=41)).eval()
     model.save_pretrained(folder)
 
     @torch.no_grad()
@@ -524,9 +601,10 @@ def save_gpt2(folder, n_positions, **special):
                          ids=["bos", "eos", "none"])
 def test_a_causal_model_sums_the_log_probabilities_of_the_tokens_that_fit(tmp_path, special):
     one_by_one = save_gpt2(tmp_path, 10, **special)
-    rng, first = np.random.default_rng(0), [2] * bool(special)
+    rng, first = np.random.default_rng(0), [41] * bool(special)
     windows = [tuple(rng.choice(VOCABULARY, n)) for n in [3, 9, 1, 10, 11, 13, 40]] + [()]
-    tokens = [[VOCABULARY.index(w) + 3 for w in window] for window in windows]
+    windows.append(("w0", "w5", "w0", "w7"))
+    tokens = [[VOCABULARY.index(w) for w in window] for window in windows]
     expected = [one_by_one(first + ids[-(10 - len(first)):]) for ids in tokens]
     assert len(set(expected)) > 5
     for batch_size in (1, 3, 64):
