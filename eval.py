@@ -611,11 +611,11 @@ def by_settings(runs, *free):
     named = {}
     for s, same in groups.values():
         others = [other for other, _ in groups.values() if other["method"] == s["method"]]
-        # of what it is made of, where that came from, and so much of the fingerprint
-        shown = s | {key: f"{getattr(same[0].run, SOURCES[key])} ({s[key][:6]})" for key in SOURCES}
-        apart = [f"{SOURCES.get(key, key)} {shown[key]}" for key, value in s.items()
-                 if any(other.get(key) != value for other in others)]
-        named[" ".join([s["method"], *apart])] = same
+        apart = {key: value for key, value in s.items()
+                 if any(other.get(key) != value for other in others)}
+        for key in SOURCES.keys() & apart.keys():       # where it came from, and which one it is
+            apart[key] = f"{getattr(same[0].run, SOURCES[key])} ({apart[key][:6]})"
+        named[" ".join([s["method"], *(f"{key} {value}" for key, value in apart.items())])] = same
     return named
 
 

@@ -173,7 +173,7 @@ def test_torchrun_leaves_one_run_and_stops_when_a_process_dies(tmp_path, plain_w
     assert not (run / "metrics.json").exists() and epochs() == [1]
     with pytest.raises(SystemExit):
         train.main([*arguments, "--resume"])
-    assert "--resume with 1 processes, but the run was started with 2" in capsys.readouterr().err
+    assert "--resume with processes 1, but the run was started with 2" in capsys.readouterr().err
     ended = torchrun("none", "--resume")
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert ended.stdout.count("test clean") == 1 and epochs() == [1, 2, 3]

@@ -235,11 +235,13 @@ def test_bootstrap_of_several_runs_is_as_uncertain_as_runs_and_texts():
 
 def evaluation(clean, robust, method="adv", **settings):
     """An Evaluation of 100 texts with these accuracies."""
-    run = SimpleNamespace(method=method, **{"seed": 0, "beta": 1} | settings)
+    prints = {"data": "d", "encoder": "e", "neighbors": "n"}
+    run = SimpleNamespace(method=method, **{"seed": 0, "beta": 1, "fingerprints": prints,
+                                            "model": "bert"} | settings)
     right = {"clean": np.arange(100) < round(100 * clean),
              "pwws": np.arange(100) < round(100 * robust)}
     return eval.Evaluation(f"runs/{method}-{run.seed}", run, ["neg", "pos"], right,
-                           {"pwws": []}, {"pwws": {"unknown": "NULL", "max_queries": None}})
+                           {"pwws": []}, {"pwws": {"unknown": "NULL", "max_queries": None}}, [])
 
 
 def test_the_gain_in_the_trade_off_is_that_over_the_interpolated_curve():
@@ -265,6 +267,17 @@ def test_runs_are_averaged_over_seeds_only():
     assert eval.by_settings([*same, *rift], "alpha") == {"adv": same, "rift": rift}
 
 
+def test_paths_do_not_make_another_method_but_what_they_hold_does():
+    """A model in another folder is the same one; another model in the same folder is not."""
+    a = evaluation(0.5, 0.5, model="here/toy", neighbors="x.json", task="t")
+    moved = evaluation(0.5, 0.5, seed=1, model="there/toy", neighbors="./x.json", task="/t")
+    assert eval.by_settings([a, moved]) == {"adv": [a, moved]}
+    other = evaluation(0.5, 0.5, model="here/toy", fingerprints=a.run.fingerprints | {
+        "encoder": "another"})
+    named = eval.by_settings([a, other])
+    assert named == {"adv encoder here/toy (e)": [a], "adv encoder here/toy (anothe)": [other]}
+
+
 def report(capsys, *evaluations, more=()):
     eval.report([list(evaluations)], eval.parse(["runs", "--attacks", "pwws", *map(str, more)]))
     return capsys.readouterr().out
@@ -274,27 +287,34 @@ def test_the_table_recounts_the_lines_of_the_attacks(capsys, tmp_path):
     """By hand, for a text that became another class and a pair that has no word with a synonym.
 
     words: share of changed words where the attack succeeded; fixed: share of texts without
-    synonyms. --show prints what changed, --csv writes all lines.
+    synonyms; stopped: of all texts. --show prints what changed, --csv writes all texts, also one
+    that was wrong before.
     """
     fooled = dict(index=3, attack="pwws", label=0, original="a good movie",
                   adversarial="a great film", success=True, prediction=1, words_changed=2,
-                  queries=9, substitutable=2)
+                  queries=9, stopped=False, substitutable=2)
     survived = fooled | dict(index=5, original=("a", "b c"), adversarial=("a", "b c"), queries=2,
-                             success=False, prediction=0, words_changed=0, substitutable=0)
+                             success=False, stopped=True, prediction=0, words_changed=0,
+                             substitutable=0)
+    wrong = dict(index=7, label=1, original="bad", adversarial="bad", prediction=0)
     x, empty = evaluation(0.5, 0.25), evaluation(0, 0, seed=1)
     x.lines["pwws"], x.settings["pwws"]["max_queries"] = [fooled, survived], 20
+    x.wrong.append(wrong)
     out = report(capsys, x, empty, more=["--csv", tmp_path / "texts.csv"])
     head, row, nothing = out.splitlines()[2:5]
     assert "pwws (unknown NULL, max queries 20)" in head
     assert row.split() == ["runs/adv-0", "100", "0.500", "[0.404,", "0.596]", "0.250", "[0.175,",
-                           "0.343]", "66.7%", "6", "50.0%"]
-    assert nothing.split()[4:] == ["0.037]", "0.000", "[0.000,", "0.037]", "-", "-", "-"]
+                           "0.343]", "1.0%", "66.7%", "6", "50.0%"]
+    assert nothing.split()[4:] == ["0.037]", "0.000", "[0.000,", "0.037]", "0.0%", *"---"]
     assert "runs/adv-0, pwws: neg -> pos\n  a [good -> great] [movie -> film]\n" in out
     with open(tmp_path / "texts.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    expected = [{"run": "runs/adv-0"} | fooled | {"label": "neg", "prediction": "pos"},
-                {"run": "runs/adv-0"} | survived | {"label": "neg", "prediction": "neg"}
-                | {"original": "a | b c", "adversarial": "a | b c"}]
+    of = {"run": "runs/adv-0", "attack": "pwws"}
+    expected = [fooled | of | {"label": "neg", "prediction": "pos", "correct": True},
+                survived | of | {"label": "neg", "prediction": "neg", "correct": True}
+                | {"original": "a | b c", "adversarial": "a | b c"},
+                dict.fromkeys(fooled, "") | wrong | of | {"label": "pos", "prediction": "neg",
+                                                          "correct": False}]
     assert rows == [{key: str(value) for key, value in line.items()} for line in expected]
 
 
@@ -324,16 +344,19 @@ def test_standard_is_the_reference_wherever_it_is(capsys):
 
 
 def test_several_betas_are_compared_along_the_trade_off(capsys):
+    """Within the range of adv's clean accuracy; a beta beyond it has a line of its own."""
     runs = [evaluation(1 - beta / 10, beta / 10 + 0.2 * (m == "rift"), m, beta=beta, seed=seed)
             for m in ("adv", "rift") for beta in (2, 5) for seed in (0, 1)]
-    said = "rift against adv at the same clean accuracy, pwws, mean over beta: +0.200 ["
+    said = ("rift against adv at the same clean accuracy, pwws, mean over the 2 of 2 betas within "
+            "adv's range: +0.200 [")
     assert said in report(capsys, *runs)
     starred, = [x for x in report(capsys, *runs[1:]).splitlines() if x.startswith("rift against")]
-    assert "]* (0 of 2 betas beyond" in starred                 # adv has one run with beta 2
+    assert starred.endswith("]*")                               # adv has one run with beta 2
     more = [evaluation(0.4, 0.8, "rift", beta=6, seed=seed) for seed in (0, 1)]
     more += [evaluation(0.9, 0.1, "standard", beta=beta) for beta in (2, 5)]
     said = [x for x in report(capsys, *runs, *more).splitlines() if " against adv" in x]
-    assert len(said) == 1 and said[0].endswith("(1 of 3 betas beyond the ends of adv's curve)")
+    assert len(said) == 2 and "the 2 of 3 betas within adv's range: +0.200 [" in said[0]
+    assert "beta 6, beyond the ends of adv's curve: +0.300 [" in said[1]
 
 
 # ---- Evaluations ---------------------------------------------------------------------------------
@@ -359,7 +382,8 @@ def test_the_figures_are_a_recount_of_the_lines(runs, kind, capsys):
         assert 0 < sum(line["success"] for line in lines) < len(lines)
     for line in lines:
         assert list(line) == ["index", "attack", "label", "original", "adversarial", "success",
-                              "prediction", "words_changed", "queries", "substitutable"]
+                              "prediction", "words_changed", "queries", "stopped", "substitutable",
+                              "made_with"]
         x = examples[line["index"]]
         *premise, old = data.from_text(line["original"])
         *kept, new = data.from_text(line["adversarial"])
@@ -431,10 +455,7 @@ def test_an_interrupted_evaluation_ends_like_one_that_was_not(run, attack, capsy
     cuts = np.random.default_rng(0).integers(1, len(whole), size=4)
     for cut in [0, end, end + 1, len(whole) - 1, *cuts]:
         (run / "attacks.jsonl").write_text(whole[:cut])
-        unfinished = json.loads(files["eval.json"])
-        for name in attack:
-            del unfinished[name]
-        (run / "eval.json").write_text(json.dumps(unfinished))
+        (run / "eval.json").unlink()
         with stopping(1), suppress(SystemExit):                 # unless less was left to do
             evaluate(*command)
         capsys.readouterr()
@@ -454,7 +475,7 @@ def test_ctrl_c_keeps_the_finished_texts_and_says_how_to_go_on(run, capsys):
 
 def test_more_examples_and_attacks_go_on_from_the_finished_ones(run):
     """The chosen texts of a smaller N are the first of a larger N, and their lines serve. Attacks
-    one by one are as both at once. --overwrite forgets what is not attacked anew."""
+    one by one are as both at once. --overwrite attacks anew what it is given, and nothing else."""
     evaluate(run, "--attacks", "pwws", "--num-examples", 6)
     before = lines_of(run)
     with mock.patch.object(attacks, "attack", side_effect=attacks.attack) as attack:
@@ -468,8 +489,9 @@ def test_more_examples_and_attacks_go_on_from_the_finished_ones(run):
     at_once = files_of(run)
     assert gone_on["attacks.jsonl"] == at_once["attacks.jsonl"]
     assert all(json.loads(gone_on[name]) == json.loads(at_once[name]) for name in FILES[1:])
-    evaluate(run, "--attacks", "pwws", "--num-examples", 10, "--overwrite")
-    assert not any("genetic" in content for content in files_of(run).values())
+    with mock.patch.object(attacks, "attack", side_effect=attacks.attack) as attack:
+        evaluate(run, "--attacks", "pwws", "--num-examples", 10, "--overwrite")
+    assert {i for i, _, _ in attack.call_args.args[1]} >= asked and files_of(run) == at_once
 
 
 def test_a_look_at_fewer_texts_keeps_what_the_attacks_found_on_them(run):
@@ -484,28 +506,37 @@ def test_a_look_at_fewer_texts_keeps_what_the_attacks_found_on_them(run):
     assert "pwws" not in data.read_json(run / "eval.json")      # three of them were not attacked
 
 
-@pytest.mark.parametrize("more, message", [
-    (["--seed", 1], "holds clean with seed 0, not 1"),
-    (["--population", 7], "holds genetic with population 6, not 7"),
-    (["--max-queries", 9], "holds pwws with max_queries None, not 9"),
-    (["--precision", "bf16"], "precision fp32, not bf16"),
-    (["--neighbors", "other.json"], "holds pwws with neighbors"),
-    ([], "holds clean with weights"),
-])
-def test_other_settings_and_other_weights_are_refused(run, capsys, tmp_path, monkeypatch, more,
-                                                      message):
-    """What was attacked on other terms is not printed beside what is attacked now."""
+@pytest.mark.parametrize("more", [
+    ["--seed", 1], ["--population", 7], ["--max-queries", 9], ["--precision", "bf16"],
+    ["--neighbors", "other.json"], "weights"], ids=str)
+def test_what_was_attacked_on_other_terms_is_kept_and_not_used(run, tmp_path, monkeypatch, more):
+    """Both sets of lines are in the file; eval.json and what is attacked are today's alone. On the
+    old terms nothing has to be attacked again."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.json").write_text(json.dumps({"good": ["bad"]}))
-    evaluate(run, *BOTH, "--num-examples", 8)
-    if not more:
+    command = [run, *BOTH, "--num-examples", 8]
+    evaluate(*command)
+    before, files = lines_of(run), files_of(run)
+    if more == "weights":
         tensors, about = data.load_tensors(run / "model.safetensors")
-        data.save_tensors(run / "model.safetensors", {x: -p for x, p in tensors.items()}, about)
-    before = files_of(run)
-    with pytest.raises(SystemExit):
-        evaluate(run, *BOTH, "--num-examples", 8, *more)
-    error = capsys.readouterr().err
-    assert message in error and "--overwrite" in error and files_of(run) == before
+        old = (run / "model.safetensors").read_bytes()
+        data.save_tensors(run / "model.safetensors", {x: p * 0.9 for x, p in tensors.items()}, about)
+    evaluate(*command, *(more if more != "weights" else []))
+    both, summary = lines_of(run), data.read_json(run / "eval.json")
+    changed = ["genetic"] if "--population" in more else ["pwws", "genetic"]
+    kept = [line for line in before if line["attack"] in changed]
+    new = [line for line in both if line not in before and line["attack"] in changed]
+    assert all(line in both for line in before) and len(new) > 0
+    assert not {x["made_with"] for x in kept} & {x["made_with"] for x in new}
+    for name in changed:
+        right = [x["prediction"] == x["label"] for x in new if x["attack"] == name]
+        assert summary[name] == sum(right) / 8
+    if more == "weights":
+        (run / "model.safetensors").write_bytes(old)
+    with mock.patch.object(eval, "run_attack", side_effect=AssertionError("attacked again")):
+        evaluate(*command)
+    assert [json.loads(files_of(run)[x]) for x in FILES[1:]] == [
+        json.loads(files[x]) for x in FILES[1:]]
 
 
 @pytest.mark.parametrize("second, message", [
@@ -528,7 +559,7 @@ def test_no_run_is_attacked_before_all_are_checked(run, tmp_path, capsys, second
 
 def test_two_commands_on_one_run_do_not_lose_lines_in_silence(run, monkeypatch, capsys):
     def another_command(words, y, synonyms, rng):
-        eval.write_lines(run / "attacks.jsonl", {})      # as a second one does
+        eval.write_lines(run / "attacks.jsonl", [], {})  # as a second one does
         yield [words]
         return words
 
@@ -542,7 +573,7 @@ def test_dev_has_files_of_its_own(run):
     before = (run / "metrics.json").read_bytes()
     evaluate(run, "--attacks", "pwws", "--split", "dev", "--num-examples", 5)
     assert before == (run / "metrics.json").read_bytes() and not (run / "eval.json").exists()
-    assert data.read_json(run / "eval-dev.json")["settings"]["pwws"]["split"] == "dev"
+    assert data.read_json(run / "eval-dev.json")["settings"]["clean"]["split"] == "dev"
     known = {data.to_text(x.words) for x in examples_of(run, "dev")}
     assert {line["original"] for line in lines_of(run, "attacks-dev.jsonl")} <= known
 
@@ -619,9 +650,8 @@ def test_scores_draw_the_texts_and_filter_the_synonyms(run, tmp_path, capsys):
     assert {line["index"] for line in lines_of(run)} <= set(range(11))
     used, unlikely = swaps(run, "genetic"), {("great", "good"), ("great", "nice")}
     assert used and not used & unlikely and swaps(run, "pwws") & unlikely
-    with pytest.raises(SystemExit):
-        evaluate(run, "--attacks", "pwws")
-    assert "drawn_from score file " in capsys.readouterr().err
+    evaluate(run, "--attacks", "pwws")                          # of all texts: all of them anew
+    assert len({line["made_with"] for line in lines_of(run) if line["attack"] == "pwws"}) == 2
 
 
 def test_a_causal_language_model_filters_the_synonyms(run, monkeypatch):

@@ -119,10 +119,13 @@ def killed_at(n, folder, resume):
 
 
 def outcome(run):
-    """{file: content} of a run; of its log all but the time that each epoch took."""
+    """{file: content} of a run; of its log all but the time that each epoch took, of its settings
+    all but where its texts were."""
     files = files_of(run)
     lines = map(json.loads, files["log.jsonl"].splitlines())
-    return files | {"log.jsonl": [line | {"seconds": 0} for line in lines]}
+    config = json.loads(files["config.json"])
+    config["settings"].pop("task")
+    return files | {"log.jsonl": [line | {"seconds": 0} for line in lines], "config.json": config}
 
 
 @pytest.fixture(scope="module")
@@ -248,9 +251,9 @@ BAD_TRAIN = [
     ({"task/train.tsv": GOOD + "neg\n"}, [], "task/train.tsv, line 20: ['neg'] has 1 columns"),
     ({"mine/aclImdb/x": ""}, ["--task", "imdb", "--data-dir", "mine"],
      "mine/aclImdb: holds no aclImdb/train/neg/*.txt"),
-    ({}, ["--method", "standard", "--resume"], f"{RUN}: --resume with epochs 2, but the run has 1"),
+    ({}, ["--method", "standard", "--resume"], f"{RUN}: --resume with epochs 2, but the run was started with 1"),
     ({}, ["--method", "standard", "--resume", "--epochs", "1", "--seeds", "5"],
-     f"{RUN}: --resume with seed 5, but the run has 0"),
+     f"{RUN}: --resume with seed 5, but the run was started with 0"),
     ({"task/neighbors.json": "{}"}, [], "task/neighbors.json: has no synonym for any word of the"),
 ]
 BAD_EVAL = [
@@ -262,7 +265,7 @@ BAD_EVAL = [
     ({}, ["--plot", "figure.docx"], "figure.docx: Format 'docx' is not supported"),
     ({}, ["--plot", "figure.png", "--plot-attack", "genetic"], "on test was without genetic"),
     ({RUN: None}, [], f"{RUN}: not a run of train.py, it has no config.json"),
-    ({CONFIG: "{}"}, [], f"{CONFIG}: not a run of this project, or damaged"),
+    ({CONFIG: "{}"}, [], f"{CONFIG}: {data.NOT_OURS}"),
     ({CONFIG: changed("settings", max_len=512)}, [], "positions for 34 tokens, --max-len is 512"),
     ({CONFIG: changed("settings", train_size=8)}, [], f"{RUN}: was trained on other data than is"),
     ({CONFIG: changed(labels=["neg", "pos", "so"])}, [], f"{MODEL}: of another run, or damaged"),

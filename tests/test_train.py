@@ -527,7 +527,7 @@ def test_a_folder_that_holds_a_run_is_not_touched(task, bert, tmp_path, capsys):
     train.main(arguments)
     before = {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()}
     for more, message in (([], "holds a run already"),
-                          (["--resume", "--lr", "0.5"], "--resume with lr 0.5, but the run has")):
+                          (["--resume", "--lr", "0.5"], "--resume with lr 0.5, but the run was")):
         assert message in stopped(capsys, [*arguments, *more], 2)
     assert before == {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()}
     train.main([*arguments, "--overwrite", "--seeds", "5"])
