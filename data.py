@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 import time
@@ -31,7 +31,6 @@ import zipfile
 import zlib
 from collections import Counter, namedtuple
 from contextlib import contextmanager, suppress
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import huggingface_hub
@@ -304,10 +303,6 @@ def prepare_nltk(data_dir=None, wordnet=False):
 
 
 # ---- Words ---------------------------------------------------------------------------------------
-WORKER = ("import json, sys, nltk; "
-          "json.dump([nltk.word_tokenize(text) for text in json.load(sys.stdin)], sys.stdout)")
-MANY_TEXTS = 5000  # so many texts, or more, are shared out to all cores
-
 # Pieces of contractions, as word_tokenize splits them: ca n't, she 'll; sometimes ' ll.
 CONTRACTIONS = {"n't", "'ll", "'re", "'ve", "'d", "'m", "'s"}
 BEFORE_NOT, AFTER_APOSTROPHE = {"ca", "wo", "sha", "ai"}, {"ll", "re", "ve", "d", "m", "s"}
@@ -327,42 +322,21 @@ def words_of(text):
 
 
 def tokenize(texts):
-    """{raw text: tuple of its words}. Each text is split once (a premise of SNLI occurs in three
-    pairs) and kept in the cache: one core splits 400 reviews a second."""
+    """{raw text: tuple of its words}.
+
+    Each text is split once (a premise of SNLI occurs in three pairs) and kept in the cache: IMDB
+    takes two minutes.
+    """
     texts = list(dict.fromkeys(texts))
     cleaned = list(map(clean, texts))
 
     def compute():
-        if len(texts) >= MANY_TEXTS:
-            return tokenize_on_all_cores(cleaned)
         return [" ".join(words_of(text)) for text in tqdm(cleaned, "words", delay=2, disable=None)]
 
     key = fingerprint([nltk.__version__, cleaned])
     lines = cached(f"words-{key[:32]}.json", compute)
     # a word is one object, however often it occurs
     return {text: tuple(map(sys.intern, line.split())) for text, line in zip(texts, lines)}
-
-
-def tokenize_on_all_cores(texts):
-    """The words of each cleaned text, joined by spaces. Each core runs WORKER, which imports only
-    NLTK; a multiprocessing pool would import the running script, with torch, in every process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    size = max(1000, len(texts) // (8 * cores))  # starting a process takes a third of a second
-    chunks = [texts[start : start + size] for start in range(0, len(texts), size)]
-    environment = os.environ | {"NLTK_DATA": os.pathsep.join(nltk.data.path)}
-
-    def split(chunk):
-        done = subprocess.run([sys.executable, "-c", WORKER], input=json.dumps(chunk), text=True,
-                              capture_output=True, check=True, env=environment,
-                              cwd=Path(__file__).parent)
-        return [" ".join(words).lower() for words in json.loads(done.stdout)]
-
-    lines = []
-    with ThreadPool(cores) as pool, tqdm(desc="words", total=len(texts), disable=None) as bar:
-        for part in pool.imap(split, chunks):
-            lines += part
-            bar.update(len(part))
-    return lines
 
 
 def to_text(words):
@@ -422,47 +396,54 @@ def choose(splits, labels, sizes, split_seed, where):
     """{split: [(texts, y), ..]}: the examples to use of train, dev and test, in random order.
 
     sizes: {split: n}: n examples, equally many of each class (n is rounded down); None: all.
-    Without a dev split, a tenth of each class of train (at least 2 of its texts, at most 1,000 of
-    all classes) becomes dev, or as many as sizes says, and texts that are in dev leave train.
     Subsets and their order depend on split_seed alone, so every method and seed sees the same
     texts, and the first n of a split are a random sample of it.
     """
     if split_seed < 0:
         raise InputError(f"split seed {split_seed}: has to be 0 or more")
     rngs = {split: np.random.default_rng([split_seed, i]) for i, split in enumerate(sizes)}
-    pools = {}  # split -> for each class its examples' numbers in random order
+    pools, chosen = {}, {}              # pools: {split: for each class a list, in random order}
     for split, raw in splits.items():
         y = np.array([y for _, y in raw])
-        pools[split] = [rngs[split].permutation(np.flatnonzero(y == c)) for c in range(len(labels))]
-    if "dev" not in splits:
-        # dev is taken from a pool's start, a subset of train from its end: so the subset hardly
-        # depends on dev's size
-        total = len(splits["train"])
-        counts = [max(2, len(pool) * min(1000, total // 10) // total) for pool in pools["train"]]
-        if sizes["dev"] is not None:
-            dev = balanced(pools["train"], sizes["dev"], labels, f"{where}: dev")
-            counts = [len(pool) for pool in dev]
-        pools["dev"] = [pool[:n] for pool, n in zip(pools["train"], counts)]
-        rest = [pool[n:] for pool, n in zip(pools["train"], counts)]
-        # texts that differ only in case or space have the same words
-        plain = [" \t ".join(" ".join(clean(text).lower().split()) for text in texts)
-                 for texts, _ in splits["train"]]
-        in_dev = {plain[i] for pool in pools["dev"] for i in pool}
-        pools["train"] = [[i for i in pool if plain[i] not in in_dev] for pool in rest]
-        splits = splits | {"dev": splits["train"]}
-    chosen = {}
+        shuffled = [rngs[split].permutation(np.flatnonzero(y == c)) for c in range(len(labels))]
+        pools[split] = [[raw[i] for i in pool] for pool in shuffled]
+    if "dev" not in pools:
+        pools["train"], pools["dev"] = cut_dev(pools["train"], labels, sizes["dev"], where)
     for split, size in sizes.items():
-        kept = balanced(pools[split], size, labels, f"{where}: {split}")
+        kept = balanced(pools[split], labels, size, f"{where}: {split}")
         fewest, label = min(zip(map(len, kept), labels))
         if split == "train" and fewest < 2:
             raise InputError(f"{where}: class {label!r} has {fewest} training examples (without "
                              f"those of dev), wanted 2")
-        chosen[split] = [splits[split][i] for i in rngs[split].permutation(np.concatenate(kept))]
+        kept = list(itertools.chain(*kept))
+        chosen[split] = [kept[i] for i in rngs[split].permutation(len(kept))]
     return chosen
 
 
-def balanced(pools, size, labels, where):
-    """The last size // C numbers of each of the C pools, one for a class; all if size is None."""
+def cut_dev(pools, labels, size, where):
+    """(train, dev), lists of examples for each class, of pools, the same of a train without a dev.
+
+    size: texts of dev; None: a tenth of each class, at least 2 texts, at most 1,000 of all classes.
+    Texts that are in dev leave train. Dev is taken from a pool's start, a subset of train later
+    from its end, so that the subset hardly depends on dev's size.
+    """
+    def plain(texts):           # texts that differ only in case or space have the same words
+        return " \t ".join(" ".join(clean(text).lower().split()) for text in texts)
+
+    total = sum(map(len, pools))
+    counts = [max(2, len(pool) * min(1000, total // 10) // total) for pool in pools]
+    if size is not None:
+        counts = map(len, balanced(pools, labels, size, f"{where}: dev"))
+    cuts = list(zip(pools, counts))
+    dev = [pool[:n] for pool, n in cuts]
+    in_dev = {plain(texts) for pool in dev for texts, _ in pool}
+    train = [[(texts, y) for texts, y in pool[n:] if plain(texts) not in in_dev]
+             for pool, n in cuts]
+    return train, dev
+
+
+def balanced(pools, labels, size, where):
+    """The last size // C examples of each of the C pools, one for a class; all if size is None."""
     if size is None:
         return pools
     n = size // len(pools)

@@ -231,12 +231,6 @@ def test_pieces_of_contractions_are_not_substituted_but_words_of_that_spelling_a
     assert data.substitutes((), table) == []
 
 
-def test_many_texts_are_tokenized_on_all_cores_with_the_same_result(nltk_data, monkeypatch):
-    texts = odd_texts(random.Random(1), 300, 60) + ["I don’t. She’ll!", "Mr. Smith ca n't"]
-    monkeypatch.setattr(data, "MANY_TEXTS", 100)
-    assert data.tokenize(texts) == {text: tuple(data.words_of(text)) for text in texts}
-
-
 def test_tokenized_words_are_cached_and_a_damaged_cache_is_computed_anew(
         cache, plain_words, monkeypatch, capsys):
     """A cache that cannot be written is one line."""
