@@ -580,7 +580,7 @@ def check_first(folders, s, resume, overwrite):
         data.write_atomically(folder / ".writable", "")
         data.remove(folder if new else folder / ".writable")
     if s.neighbors or s.task != "toy":
-        data.find_neighbors(s.neighbors, s.data_dir)
+        data.find_neighbors(s.neighbors or "vectors", s.data_dir)
     data.load_encoder(s.model, s.max_len)
 
 
