@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import math
 import os
@@ -21,17 +22,14 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 import time
-import urllib.request
 import uuid
 import zipfile
 import zlib
 from collections import Counter, namedtuple
 from contextlib import contextmanager, suppress
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import huggingface_hub
@@ -49,23 +47,37 @@ class InputError(ValueError):
 
 
 # ---- Reading and writing files -------------------------------------------------------------------
-NOT_OURS = "not a file of this project, or damaged"
-DAMAGE = (EOFError, RuntimeError, zlib.error, gzip.BadGzipFile, shutil.ReadError, tarfile.TarError,
-          zipfile.BadZipFile)  # what damaged archives raise
+
+NOT_OURS = "damaged, or not the kind of file that it should be"
+# what damaged archives raise
+DAMAGE = (EOFError, RuntimeError, zlib.error, gzip.BadGzipFile, tarfile.TarError,
+          zipfile.BadZipFile)
+
+
+def first_line(error):
+    """What a library's exception says, as part of one line of at most 300 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 @contextmanager
-def reading(path):
-    """In a `with` block, a file that is missing, damaged or not UTF-8 raises InputError."""
+def reading(path, *damage):
+    """In a `with` block, a file that is missing, not UTF-8 or damaged raises InputError.
+
+    damage: the exceptions by which the block notices that a file is damaged.
+    """
     try:
         yield
+    except InputError:
+        raise
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         byte = error.object[error.start]
         raise InputError(f"{path}, line {line}: not UTF-8 (byte 0x{byte:02x})") from None
-    except (OSError, *DAMAGE) as error:
-        problem = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot be read ({problem})") from None
+    except damage as error:
+        raise InputError(f"{path}: {NOT_OURS} ({first_line(error)})") from None
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: cannot be read "
+                         f"({error.strerror or error})") from None
 
 
 @contextmanager
@@ -80,8 +92,10 @@ def writing(path):
 
 @contextmanager
 def replacing(path):
-    """Yields a temporary path. The file or folder written there is renamed to `path` if all goes
-    well, otherwise removed. A folder that is at `path` already stays as it is."""
+    """Yields a temporary path; what was written there is renamed to `path` if all goes well.
+
+    Otherwise it is removed. A folder that is at `path` already stays as it is.
+    """
     tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with writing(path):
@@ -90,10 +104,10 @@ def replacing(path):
             try:
                 os.replace(tmp, path)
             except OSError:
-                if not (tmp.is_dir() and path.is_dir()):  # two folders: another process made one
+                if not (tmp.is_dir() and path.is_dir()):    # two folders: another process made one
                     raise
     finally:
-        with suppress(OSError):  # it was never made, or its folder is read-only now
+        with suppress(OSError):         # it was never made, or its folder is read-only now
             remove(tmp)
 
 
@@ -108,15 +122,25 @@ def write_atomically(path, content):
         tmp.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def json_object(text):
+    """The dict that a JSON object stands for. Raises ValueError or RecursionError for others."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(value)[:80]} is not a JSON object")
+    return value
+
+
+def check_writable(folder):
+    """Raises InputError unless a file can be written in a folder; leaves nothing behind."""
+    new = not folder.exists()
+    write_atomically(folder / ".writable", "")
+    remove(folder if new else folder / ".writable")
+
+
 def read_json(path):
     """The JSON object in a file, a dict. Raises InputError if the file holds anything else."""
-    with reading(path):
-        content = Path(path).read_bytes()
-    with suppress(ValueError):
-        value = json.loads(content)
-        if isinstance(value, dict):
-            return value
-    raise InputError(f"{path}: {NOT_OURS}")
+    with reading(path, ValueError, RecursionError):
+        return json_object(Path(path).read_bytes())
 
 
 def write_json(path, value):
@@ -125,16 +149,17 @@ def write_json(path, value):
 
 
 def read_lines(path):
-    """The list of objects in a .jsonl file, [] if there is no file. A last line without its line
-    break is left out: the writer was killed in the middle of it."""
-    if not Path(path).exists():
-        return []
+    """The objects in a .jsonl file, a list of dicts; [] if there is no file.
+
+    A last line without its line break is left out: the writer was killed in the middle of it.
+    """
     with reading(path):
-        lines = Path(path).read_bytes().split(b"\n")[:-1]
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError:
-        raise InputError(f"{path}: {NOT_OURS}") from None
+        lines = Path(path).read_bytes().split(b"\n")[:-1] if Path(path).exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        with reading(f"{path}, line {number}", ValueError, RecursionError):
+            rows.append(json_object(line))
+    return rows
 
 
 def save_tensors(path, tensors, about=None):
@@ -145,14 +170,10 @@ def save_tensors(path, tensors, about=None):
 
 def load_tensors(path):
     """({name: tensor}, dict), as save_tensors wrote them."""
-    with reading(path):
-        Path(path).open("rb").close()  # so that a missing file is not called damaged
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                about = json.loads(file.metadata()["about"])
-                return {name: file.get_tensor(name) for name in file.keys()}, about
-        except (KeyError, TypeError, ValueError, safetensors.SafetensorError):
-            raise InputError(f"{path}: {NOT_OURS}") from None
+    with reading(path, safetensors.SafetensorError, TypeError, KeyError, ValueError):
+        with safetensors.safe_open(path, "pt") as file:
+            about = json_object(file.metadata()["about"])
+            return {name: file.get_tensor(name) for name in file.keys()}, about
 
 
 def fingerprint(value):
@@ -168,29 +189,41 @@ def seed_of(*numbers):
 
 
 # ---- Archives: found, downloaded, unpacked -------------------------------------------------------
-RESOURCES = {  # name: (archive, what it unpacks to, address, md5 that a download must have)
-    "imdb": ("aclImdb_v1.tar.gz", "aclImdb",
+
+# {name: (names of the file and of what it unpacks to, address, checksum of a download or None)}
+RESOURCES = {
+    "imdb": (["aclImdb_v1.tar.gz", "aclImdb"],
              "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
-             "7c2ac02c03563afcf9b574c7e56c153a"),
-    "snli": ("snli_1.0.zip", "snli_1.0",
+             ("md5", "7c2ac02c03563afcf9b574c7e56c153a")),
+    "snli": (["snli_1.0.zip", "snli_1.0"],
              "https://nlp.stanford.edu/projects/snli/snli_1.0.zip", None),
-    "vectors": ("counter-fitted-vectors.txt.zip", "counter-fitted-vectors.txt",
+    # the table of Jia et al. 2019; the authors' repository has it as attack/FILE
+    "published": (["counterfitted_neighbors.json"],
+                  "https://raw.githubusercontent.com/robinjia/certified-word-sub/master/data/"
+                  "counterfitted_neighbors.json",
+                  ("sha256", "103247143f39bd5dd66850f3a912393392641dbd98093c61e2b24a4cc8a96fb0")),
+    "vectors": (["counter-fitted-vectors.txt.zip", "counter-fitted-vectors.txt"],
                 "https://github.com/nmrksic/counter-fitting/raw/master/word_vectors/"
                 "counter-fitted-vectors.txt.zip", None),
-    "scores": ("jia2019_cert_lm_scores.zip", "lm_scores",
+    "scores": (["jia2019_cert_lm_scores.zip", "lm_scores"],
                "https://nlp.stanford.edu/data/robinjia/jia2019_cert_lm_scores.zip", None),
 }
+# NLTK reads only folders that are the user's own, so each user of a cache has their own
+USER = os.getuid() if hasattr(os, "getuid") else 0
 
 
 def cache_dir():
-    """The folder for downloads and for what is computed once: the environment variable $RIFT_CACHE
-    names it, otherwise it is ~/.cache/rift."""
-    return Path(os.environ.get("RIFT_CACHE") or "~/.cache/rift").expanduser().absolute()
+    """The folder for downloads and what is computed once: $RIFT_CACHE, otherwise ~/.cache/rift."""
+    try:
+        return Path(os.environ.get("RIFT_CACHE") or "~/.cache/rift").expanduser().absolute()
+    except RuntimeError:                # this user has no home folder
+        raise InputError("~/.cache/rift: there is no home folder; set the environment variable "
+                         "RIFT_CACHE to a folder for downloads") from None
 
 
 def cached(name, compute):
     """The value of compute(), JSON-able, read from the file `name` of the cache if it is there."""
-    with suppress(OSError, ValueError):  # not there yet, or damaged
+    with suppress(OSError, ValueError):         # not there yet, or damaged
         return json.loads((cache_dir() / name).read_bytes())
     value = compute()
     try:
@@ -202,92 +235,102 @@ def cached(name, compute):
 
 def find(data_dir, *names):
     """The files and folders of these names that exist, those in data_dir before the cache's."""
-    first = Path(data_dir or cache_dir()).expanduser().absolute()
-    if first != cache_dir() and not first.is_dir():
-        raise InputError(f"{first}: no such folder (--data-dir names one; default {cache_dir()})")
-    paths = [folder / name for folder in (first, cache_dir()) for name in names]
-    return [path for path in paths if path.exists()]
+    first = Path(os.path.expanduser(data_dir or cache_dir())).absolute()
+    with reading(first):
+        if first != cache_dir() and not first.is_dir():
+            raise InputError(f"{first}: no such folder (--data-dir names one; default "
+                             f"{cache_dir()})")
+        paths = [folder / name for folder in (first, cache_dir()) for name in names]
+        return [path for path in paths if path.exists()]
 
 
 def locate(name, data_dir=None):
-    """The path of a resource (a key of RESOURCES) in data_dir, else in the cache, else downloaded
-    into it. The archive comes first, because a folder beside it may be partly unpacked."""
-    packed, unpacked, url, md5 = RESOURCES[name]
-    if not find(data_dir, packed, unpacked):
-        download(url, cache_dir() / packed, md5)
-    return find(data_dir, packed, unpacked)[0]
+    """The path of a resource, in data_dir, else in the cache, else downloaded into the cache.
+
+    name: a key of RESOURCES. The archive comes first, because a folder beside it may be partly
+    unpacked.
+    """
+    names, url, checksum = RESOURCES[name]
+    if not find(data_dir, *names):
+        download(url, cache_dir() / names[0], checksum)
+    return find(data_dir, *names)[0]
 
 
-def download(url, path, md5=None, tries=4, pause=1.0, timeout=30.0):
-    """Fetches url to path. A download that fails starts again, `tries` times in all, after pause,
-    2 pause, 4 pause .. seconds; timeout: seconds to wait for an answer. The error says where to put
-    a file that was downloaded by hand."""
-    request = urllib.request.Request(url, headers={"User-Agent": "rift"})
-    with replacing(Path(path)) as tmp:
-        for attempt in range(tries):
-            time.sleep(pause * 2 ** (attempt - 1) if attempt else 0)
+def download(url, path, checksum=None):
+    """Fetches url to path, in at most two tries.
+
+    checksum: ("md5" or "sha256", hex). A file without one has to be a whole .zip: if the connection
+    breaks, torch takes the part for the whole, but a .zip has its table of contents at the end.
+    The error says where to put a file that was downloaded by hand.
+    """
+    with replacing(path) as tmp:
+        for _ in range(2):
             try:
-                with urllib.request.urlopen(request, timeout=timeout) as reply:
-                    total = int(reply.headers.get("Content-Length", 0))
-                    bar = tqdm.wrapattr(reply, "read", total or None, desc=url, disable=None)
-                    with bar as source, io.BytesIO() as buffer:
-                        shutil.copyfileobj(source, buffer)
-                        content = buffer.getvalue()
-                if total and len(content) != total:
-                    raise OSError(f"the connection broke after {len(content)} of {total} bytes")
-                if content[:200].lstrip().startswith(b"<"):
-                    raise OSError("the server sent an HTML page instead of the file")
-                if md5 and hashlib.md5(content).hexdigest() != md5:
-                    raise OSError(f"wrong checksum, the md5 should be {md5}")
+                torch.hub.download_url_to_file(url, str(tmp), progress=sys.stderr.isatty())
             except (OSError, http.client.HTTPException) as error:
-                problem = error
-                if 400 <= getattr(error, "code", 0) < 500:
-                    break  # the server will not change its mind
+                problem = first_line(error)
+                continue
+            if checksum is None:
+                problem = "what came is not a whole .zip"
+                good = zipfile.is_zipfile(tmp)
             else:
-                tmp.write_bytes(content)  # not in the try: a full disk is not the server's fault
+                problem = f"wrong checksum, the {checksum[0]} should be {checksum[1]}"
+                with tmp.open("rb") as file:
+                    good = hashlib.file_digest(file, checksum[0]).hexdigest() == checksum[1]
+            if good:
                 return
         raise InputError(f"{url}: {problem}; download it by hand and put it at {path}")
 
 
-def unpack(path):
-    """Unpacks a .tar.gz or .zip once and returns its folder in the cache; returns any other path
-    unchanged. Links and devices are left out. The folder is private, as NLTK demands."""
-    def plain(member, folder):
-        return tarfile.data_filter(member, folder) if member.isfile() or member.isdir() else None
+def unpack(path, private=False):
+    """The folder in the cache with what a .tar.gz or .zip holds; another path is returned as it is.
 
+    private: only this user can read it; otherwise all whom the umask allows.
+    """
     if path.is_dir() or path.suffix not in (".gz", ".zip"):
         return path
-    with reading(path):
+    with reading(path, *DAMAGE):
         content = path.read_bytes()
-        folder = cache_dir() / f"{path.name.partition('.')[0]}-{fingerprint(content)[:16]}"
+        name = f"{path.name.partition('.')[0]}-{fingerprint(content)[:16]}"
+        folder = cache_dir() / (f"{name}-{USER}" if private else name)
+        for left in cache_dir().glob(f".{folder.name}.*.tmp"):
+            if time.time() - left.stat().st_ctime > 3600:       # of a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
         if folder.is_dir():
             return folder
         if path.suffix == ".gz":
-            gzip.decompress(content)  # raises if the archive was cut, or altered: a wrong checksum
-    with replacing(folder) as tmp:
-        tmp.mkdir()
-        options = {"filter": plain} if path.suffix == ".gz" else {}  # a .zip makes no links
-        try:
-            shutil.unpack_archive(path, tmp, **options)
-        except DAMAGE as error:
-            raise InputError(f"{path}: cannot be read ({error})") from None
-        for inside in (tmp, *tmp.rglob("*")):
-            inside.chmod(0o700 if inside.is_dir() else 0o600)
+            content = gzip.decompress(content)      # all of it, because the checksum is at the end
+        with replacing(folder) as tmp:
+            tmp.mkdir(mode=0o700 if private else 0o777)
+            if path.suffix == ".gz":
+                with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+                    archive.extractall(tmp, filter="data")      # nothing outside tmp
+            else:
+                with zipfile.ZipFile(path) as archive:
+                    archive.extractall(tmp)
+            mode = tmp.stat().st_mode               # of the archive's own modes none is kept
+            for inside in tmp.rglob("*"):
+                inside.chmod(mode if inside.is_dir() else mode & 0o666)
     return folder
 
 
 def prepare_nltk(data_dir=None, wordnet=False):
-    """Makes NLTK's sentence tokenizer, and WordNet if asked for, available in this process: from
-    data_dir, the cache or NLTK's own folders. Only what is in none of them is downloaded."""
-    own = cache_dir() / "nltk_data"
+    """Makes NLTK's sentence tokenizer, and WordNet if asked for, available in this process.
+
+    They come from data_dir, the cache or NLTK's own folders. Only what is in none of them is
+    downloaded.
+    """
+    own = cache_dir() / f"nltk_data-{USER}"
     # data_dir's is found first, so it is put in front last
     for path in (own, *reversed(find(data_dir, "nltk_data.tar.gz", "nltk_data"))):
-        folder = unpack(path) / "nltk_data" if path.suffix == ".gz" else path.resolve()
+        folder = path.resolve()
+        if path.suffix == ".gz":
+            folder = unpack(path, private=True) / "nltk_data"
         if str(folder) not in nltk.data.path:
             nltk.data.path.insert(0, str(folder))
 
     def there():
-        with suppress(LookupError, OSError, ValueError):  # missing, or NLTK refuses to read it
+        with suppress(LookupError, OSError, ValueError):    # missing, or NLTK refuses to read it
             if wordnet:
                 nltk.corpus.wordnet.ensure_loaded()
             return nltk.tokenize.punkt_model_available()
@@ -304,10 +347,6 @@ def prepare_nltk(data_dir=None, wordnet=False):
 
 
 # ---- Words ---------------------------------------------------------------------------------------
-WORKER = ("import json, sys, nltk; "
-          "json.dump([nltk.word_tokenize(text) for text in json.load(sys.stdin)], sys.stdout)")
-MANY_TEXTS = 5000  # so many texts, or more, are shared out to all cores
-
 # Pieces of contractions, as word_tokenize splits them: ca n't, she 'll; sometimes ' ll.
 CONTRACTIONS = {"n't", "'ll", "'re", "'ve", "'d", "'m", "'s"}
 BEFORE_NOT, AFTER_APOSTROPHE = {"ca", "wo", "sha", "ai"}, {"ll", "re", "ve", "d", "m", "s"}
@@ -327,42 +366,21 @@ def words_of(text):
 
 
 def tokenize(texts):
-    """{raw text: tuple of its words}. Each text is split once (a premise of SNLI occurs in three
-    pairs) and kept in the cache: one core splits 400 reviews a second."""
+    """{raw text: tuple of its words}.
+
+    Each text is split once (a premise of SNLI occurs in three pairs) and kept in the cache: IMDB
+    takes two minutes.
+    """
     texts = list(dict.fromkeys(texts))
     cleaned = list(map(clean, texts))
 
     def compute():
-        if len(texts) >= MANY_TEXTS:
-            return tokenize_on_all_cores(cleaned)
         return [" ".join(words_of(text)) for text in tqdm(cleaned, "words", delay=2, disable=None)]
 
     key = fingerprint([nltk.__version__, cleaned])
     lines = cached(f"words-{key[:32]}.json", compute)
     # a word is one object, however often it occurs
     return {text: tuple(map(sys.intern, line.split())) for text, line in zip(texts, lines)}
-
-
-def tokenize_on_all_cores(texts):
-    """The words of each cleaned text, joined by spaces. Each core runs WORKER, which imports only
-    NLTK; a multiprocessing pool would import the running script, with torch, in every process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    size = max(1000, len(texts) // (8 * cores))  # starting a process takes a third of a second
-    chunks = [texts[start : start + size] for start in range(0, len(texts), size)]
-    environment = os.environ | {"NLTK_DATA": os.pathsep.join(nltk.data.path)}
-
-    def split(chunk):
-        done = subprocess.run([sys.executable, "-c", WORKER], input=json.dumps(chunk), text=True,
-                              capture_output=True, check=True, env=environment,
-                              cwd=Path(__file__).parent)
-        return [" ".join(words).lower() for words in json.loads(done.stdout)]
-
-    lines = []
-    with ThreadPool(cores) as pool, tqdm(desc="words", total=len(texts), disable=None) as bar:
-        for part in pool.imap(split, chunks):
-            lines += part
-            bar.update(len(part))
-    return lines
 
 
 def to_text(words):
@@ -396,18 +414,19 @@ Task = namedtuple("Task", "name labels train dev test fingerprint")
 
 
 def load_task(task, data_dir=None, *, train_size=None, dev_size=None, test_size=None, split_seed=0):
-    """The Task "imdb", "snli", "toy", or that of a folder of TSV files (see read_folder). The sizes
-    and split_seed are those of `choose`."""
-    readers = {"imdb": read_imdb, "snli": read_snli}
+    """The Task "imdb", "snli" or "toy", or that of a folder of TSV files (see read_folder).
+
+    A Path is always a folder, and so is a str that is not exactly one of the three, such as
+    "./imdb". The sizes and split_seed are those of `choose`.
+    """
     sizes = {"train": train_size, "dev": dev_size, "test": test_size}
     if task == "toy":
         labels, splits = ["blame", "praise"], toy_splits(sizes, split_seed)
-    elif task not in readers and not Path(task).is_dir():
-        raise InputError(f"unknown task {str(task)!r}: neither toy, imdb, snli nor, seen from "
-                         f"{Path.cwd()}, a folder with train.tsv and test.tsv")
     else:
+        readers = {"imdb": read_imdb, "snli": read_snli}
         path = locate(task, data_dir) if task in readers else Path(task)
-        labels, splits = readers.get(task, read_folder)(path)
+        with reading(path):
+            labels, splits = readers.get(task, read_folder)(path)
         splits = choose(splits, labels, sizes, split_seed, path)
         prepare_nltk(data_dir)
         words = tokenize(text for raw in splits.values() for texts, _ in raw for text in texts)
@@ -422,47 +441,54 @@ def choose(splits, labels, sizes, split_seed, where):
     """{split: [(texts, y), ..]}: the examples to use of train, dev and test, in random order.
 
     sizes: {split: n}: n examples, equally many of each class (n is rounded down); None: all.
-    Without a dev split, a tenth of each class of train (at least 2 of its texts, at most 1,000 of
-    all classes) becomes dev, or as many as sizes says, and texts that are in dev leave train.
     Subsets and their order depend on split_seed alone, so every method and seed sees the same
     texts, and the first n of a split are a random sample of it.
     """
     if split_seed < 0:
         raise InputError(f"split seed {split_seed}: has to be 0 or more")
     rngs = {split: np.random.default_rng([split_seed, i]) for i, split in enumerate(sizes)}
-    pools = {}  # split -> for each class its examples' numbers in random order
+    pools, chosen = {}, {}              # pools: {split: for each class a list, in random order}
     for split, raw in splits.items():
         y = np.array([y for _, y in raw])
-        pools[split] = [rngs[split].permutation(np.flatnonzero(y == c)) for c in range(len(labels))]
-    if "dev" not in splits:
-        # dev is taken from a pool's start, a subset of train from its end: so the subset hardly
-        # depends on dev's size
-        total = len(splits["train"])
-        counts = [max(2, len(pool) * min(1000, total // 10) // total) for pool in pools["train"]]
-        if sizes["dev"] is not None:
-            dev = balanced(pools["train"], sizes["dev"], labels, f"{where}: dev")
-            counts = [len(pool) for pool in dev]
-        pools["dev"] = [pool[:n] for pool, n in zip(pools["train"], counts)]
-        rest = [pool[n:] for pool, n in zip(pools["train"], counts)]
-        # texts that differ only in case or space have the same words
-        plain = [" \t ".join(" ".join(clean(text).lower().split()) for text in texts)
-                 for texts, _ in splits["train"]]
-        in_dev = {plain[i] for pool in pools["dev"] for i in pool}
-        pools["train"] = [[i for i in pool if plain[i] not in in_dev] for pool in rest]
-        splits = splits | {"dev": splits["train"]}
-    chosen = {}
+        shuffled = [rngs[split].permutation(np.flatnonzero(y == c)) for c in range(len(labels))]
+        pools[split] = [[raw[i] for i in pool] for pool in shuffled]
+    if "dev" not in pools:
+        pools["train"], pools["dev"] = cut_dev(pools["train"], labels, sizes["dev"], where)
     for split, size in sizes.items():
-        kept = balanced(pools[split], size, labels, f"{where}: {split}")
+        kept = balanced(pools[split], labels, size, f"{where}: {split}")
         fewest, label = min(zip(map(len, kept), labels))
         if split == "train" and fewest < 2:
             raise InputError(f"{where}: class {label!r} has {fewest} training examples (without "
                              f"those of dev), wanted 2")
-        chosen[split] = [splits[split][i] for i in rngs[split].permutation(np.concatenate(kept))]
+        kept = list(itertools.chain(*kept))
+        chosen[split] = [kept[i] for i in rngs[split].permutation(len(kept))]
     return chosen
 
 
-def balanced(pools, size, labels, where):
-    """The last size // C numbers of each of the C pools, one for a class; all if size is None."""
+def cut_dev(pools, labels, size, where):
+    """(train, dev), lists of examples for each class, of pools, the same of a train without a dev.
+
+    size: texts of dev; None: a tenth of each class, at least 2 texts, at most 1,000 of all classes.
+    Texts that are in dev leave train. Dev is taken from a pool's start, a subset of train later
+    from its end, so that the subset hardly depends on dev's size.
+    """
+    def plain(texts):           # texts that differ only in case or space have the same words
+        return " \t ".join(" ".join(clean(text).lower().split()) for text in texts)
+
+    total = sum(map(len, pools))
+    counts = [max(2, len(pool) * min(1000, total // 10) // total) for pool in pools]
+    if size is not None:
+        counts = map(len, balanced(pools, labels, size, f"{where}: dev"))
+    cuts = list(zip(pools, counts))
+    dev = [pool[:n] for pool, n in cuts]
+    in_dev = {plain(texts) for pool in dev for texts, _ in pool}
+    train = [[(texts, y) for texts, y in pool[n:] if plain(texts) not in in_dev]
+             for pool, n in cuts]
+    return train, dev
+
+
+def balanced(pools, labels, size, where):
+    """The last size // C examples of each of the C pools, one for a class; all if size is None."""
     if size is None:
         return pools
     n = size // len(pools)
@@ -492,7 +518,7 @@ def read_imdb(path):
             names = [name for name in names if name.endswith(".txt") and name[0] != "."]
             if not names:
                 raise InputError(f"{path}: holds no aclImdb/{split}/{label}/*.txt, wanted "
-                                 f"{RESOURCES['imdb'][2]}")
+                                 f"{RESOURCES['imdb'][1]}")
             examples += [((text_of(folder / name),), y) for name in names]
     counts = [len(examples) for examples in splits.values()]
     if counts != [25_000, 25_000]:
@@ -525,7 +551,7 @@ def read_snli(path):
                 pairs.append((texts, labels.index(label)))
         if not pairs:
             raise InputError(f"{path}: holds no snli_1.0_{split}.jsonl, wanted "
-                             f"{RESOURCES['snli'][2]}")
+                             f"{RESOURCES['snli'][1]}")
     return labels, splits
 
 
@@ -536,6 +562,9 @@ def read_folder(path):
     the space around them; the classes are in their sorted order. A text may be empty; it holds no
     tabs and no line breaks, and there is no quoting.
     """
+    if not path.is_dir():
+        raise InputError(f"{path.absolute()}: no such folder; wanted one with train.tsv and "
+                         f"test.tsv, or the name of a public task, imdb, snli or toy")
     headers, labels, splits = ["label\ttext", "label\ttext\ttext2"], None, {}
     spelling = {}  # label, in lower case or as a number -> as it was written first, spaces and all
     for split in ("train", "dev", "test") if (path / "dev.tsv").exists() else ("train", "test"):
@@ -572,8 +601,6 @@ def read_folder(path):
 
 
 # ---- Substitution tables: lower-case word -> list of lower-case words ----------------------------
-PUBLISHED_TABLE = ("https://raw.githubusercontent.com/robinjia/certified-word-sub/master/data/"
-                   "counterfitted_neighbors.json")
 # Function words, which get no WordNet synonyms: pronouns, auxiliaries, determiners, prepositions,
 # conjunctions.
 CLOSED_CLASS = set("""
@@ -590,31 +617,34 @@ CLOSED_CLASS = set("""
     unless whether when where why how""".split())
 
 
-def find_neighbors(source=None, data_dir=None):
-    """The Path of a substitution table, looked for in data_dir first, or "wordnet". A quick check
-    that it is there, before anything is computed. source: as for load_neighbors."""
+def find_neighbors(source="published", data_dir=None):
+    """The Path of a substitution table, looked for in data_dir first, or "wordnet".
+
+    A quick check that it is there, before anything is computed. source: as for load_neighbors.
+    """
     if source == "wordnet":
         prepare_nltk(data_dir, wordnet=True)
         return source
-    if source is None:
-        return locate("vectors", data_dir)
-    path = Path(source).expanduser()
+    if source in ("published", "vectors"):
+        return locate(source, data_dir)
+    path = Path(os.path.expanduser(source))
     path = [*find(data_dir, path), path][0]
     if path.suffix not in (".json", ".txt", ".zip"):
-        raise InputError(f"{path}: wanted `wordnet`, a neighbour table .json, or a vector file "
-                         f".txt or .zip")
-    if not path.exists():
-        raise InputError(f"{path}: cannot be read (No such file, neither here nor in "
-                         f"{data_dir or cache_dir()}); the published table: {PUBLISHED_TABLE}")
+        raise InputError(f"{path}: wanted published, vectors, wordnet, a neighbour table .json, or "
+                         f"a vector file .txt or .zip")
     with reading(path):
         path.open("rb").close()
     return path
 
 
-def load_neighbors(source=None, data_dir=None, words=None):
-    """A substitution table, a dict. source: "wordnet", a neighbour table .json, counter-fitted
-    vectors .txt or .zip, or None for the public vectors, fetched if need be. words: for vectors a
-    Counter of the task's training words, for WordNet all words that are to be looked up."""
+def load_neighbors(source="published", data_dir=None, words=None):
+    """A substitution table, a dict.
+
+    source: "published", the table of Jia et al. 2019; "vectors", computed from the public
+    counter-fitted vectors; "wordnet"; or a file: a neighbour table .json, or vectors .txt or .zip.
+    The public ones are fetched if need be. words: for vectors a Counter of the task's training
+    words, for WordNet all words that are to be looked up.
+    """
     path = find_neighbors(source, data_dir)
     if path == "wordnet":
         if words is None:
@@ -625,11 +655,7 @@ def load_neighbors(source=None, data_dir=None, words=None):
 
 def read_neighbors(path):
     """The dict in a JSON file {word: [word, ..], ..}."""
-    content = text_of(Path(path))
-    try:
-        items = json.loads(content).items()
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: wanted a JSON object of lists of words ({error})") from None
+    items = read_json(path).items()
     for word, others in items:
         words = others if isinstance(others, list) else [others]
         joined = " ".join(map(str, words)).encode("utf-8", "replace").decode()
@@ -872,11 +898,6 @@ def balanced_batches(y, lengths, batch_size, rng, window=50):
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def first_line(error):
-    """What a library's exception says, as part of one line of at most 300 characters."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-
-
 def pick_device(name=None):
     """The device of this name; without a name a GPU, or the CPU where there is none. Raises
     InputError for a device that this machine does not have."""
@@ -1096,6 +1117,7 @@ def open_table(s, task, source=None, data_dir=None):
     source = source or s.neighbors
     if s.task == "toy" and not source:
         return toy_neighbors()
+    source = source or "vectors"        # what None was in older runs
     # WordNet is asked for every word; vectors are compared for frequent words of the training texts
     examples = [*task.train, *task.dev, *task.test] if source == "wordnet" else task.train
     words = Counter(word for x in examples for text in x.words for word in text)
