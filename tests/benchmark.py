@@ -2,6 +2,7 @@
 
     python -m tests.benchmark --model MINILM_DIR --data-dir DIR             everything
     python -m tests.benchmark train clean --json FILE --model ..            chosen parts
+    python -m tests.benchmark limit --model ..      how near the hardware's limit we are
 
 A ratio is the baseline's time / our time, measured in one process, with the same weights, texts,
 torch and threads. The baseline is fp32 throughout, beside our bf16 too, and has the attention that
@@ -17,6 +18,11 @@ is faster for it: "eager" (plain) or "sdpa" (fused). It is written here:
 fp32 a search magnifies rounding, because Adam's first steps are nearly the sign of a gradient, and
 where that is almost 0 they go either way. Clean: probabilities to 1e-4. Attacks: the same texts.
 In bf16, against the fp32 baseline: the loss to 2% at the same w, verdicts on 90% of the texts.
+
+Two parts compare with no baseline. "queries": microseconds that an attack spends on a text besides
+the victim, without and with a `key`. "limit": the share that a training step and a forward pass
+reach of the operations a second of a large matrix product in the same precision, and the hours that
+training on all of IMDB with BERT-base would take at that rate.
 
 Without --data-dir the texts are random words, without --model the encoder is small and random: that
 runs anywhere, but its ratios are of a toy size.
@@ -38,6 +44,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 import attacks
@@ -367,15 +374,20 @@ def compare(case, rows):
     return found
 
 
-def training(case):
-    """A training step in the shape of a task, ours in fp32 and in bf16 -> {name: row}."""
+def choose_batches(case, n):
+    """n batches of an epoch, spread evenly over the lengths: a list of arrays of texts' numbers."""
     # the paper's batches of 32 and 120 take minutes a step
     batch_size = case.args.batch_size or {"imdb": 8, "snli": 24}[case.name]
     lengths = np.array([sum(map(len, text)) for text in case.texts])
     epoch = data.balanced_batches(case.y.cpu(), lengths, batch_size, np.random.default_rng(0))
     epoch.sort(key=lambda rows: lengths[rows].max())
-    n = case.args.batches                               # spread evenly over the lengths
-    chosen = [epoch[int((i + 0.5) * len(epoch) / n)] for i in range(n)]
+    return [epoch[int((i + 0.5) * len(epoch) / n)] for i in range(n)]
+
+
+def training(case):
+    """A training step in the shape of a task, ours in fp32 and in bf16 -> {name: row}."""
+    n = case.args.batches
+    chosen = choose_batches(case, n)
     spent, agrees = Counter(), {"fp32": True, "bf16": True}
     case.model.train()
     case.attend_faster(case.plain, chosen[0])
@@ -452,6 +464,24 @@ def attacked(case):
     return rows
 
 
+def queries(case):
+    """Microseconds a query besides the victim, which answers at once -> {name: row}."""
+    P = np.tile([1.0, 0.0], (64, 1))                                            # (batch_size, C)
+    victim = lambda texts: P[:len(texts)]
+    examples = [(i, " ".join(x.words[0]), 0) for i, x in enumerate(case.test)
+                if len(x.words[0]) <= 100][:20]
+    rows = {}
+    for method in (attacks.pwws, attacks.exhaustive):
+        run = lambda: list(attacks.attack(victim, examples, method, case.vocabulary.neighbors,
+                                          max_queries=1000, progress=False))
+        row = rows[f"queries/{method.__name__}"] = {}
+        for name, key in (("microseconds", None), ("with_key", str.encode)):
+            victim.key = key
+            n = sum(result.queries for result in run())                         # warm-up
+            row[name] = min(case.seconds(run)[0] for _ in range(5)) / n * 1e6
+    return rows
+
+
 def peak_memory(device, function, *args):
     """The MiB that function(*args) needs at most, beyond what is held before: on Linux or a GPU."""
     if device.type == "cuda":
@@ -486,10 +516,79 @@ def memory(case):
                        "attention": case.kernel}}
 
 
+# ---- The limit of the hardware, and what the paper's size costs ----------------------------------
+
+# The counter knows the fused attention of GPUs, but not the CPUs'. There only passes without
+# gradients use it, see rift.transformer_layer.
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+                 lambda q, k, v, *args, out_shape, **options: sdpa_flop_count(q, k, v)}
+
+
+def operations(function, *args):
+    """The floating-point operations of the matrix products in function(*args)."""
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        function(*args)
+    return counter.get_total_flops()
+
+
+def peak(case, precision):
+    """Floating-point operations a second of a large matrix product, the best of five."""
+    n = 8192 if case.device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=case.device, dtype=eval.DTYPES[precision])
+    return 2 * n**3 / min(case.seconds(torch.mm, a, a)[0] for _ in range(5))
+
+
+def limit(case):
+    """Which share of the peak a training step and a forward pass reach -> {name: row}."""
+    rows, = choose_batches(case, 1)                     # of median length
+    texts = [case.texts[i] for i in rows]
+    found, rates = {}, {}
+    case.model.train()
+    for precision in ("fp32", "bf16"):
+        fastest = peak(case, precision)
+        case.teach(rows, precision)
+        for name, function, *args in (("train", case.ours, rows, precision),
+                                      ("forward", case.victim(precision).features, texts)):
+            flop = operations(function, *args)          # the warm-up as well
+            rate = flop / min(case.seconds(function, *args)[0] for _ in range(3))
+            rates[name, precision] = rate
+            found[f"limit/{name}/{case.name}/{precision}"] = {
+                "share": rate / fastest, "gflop_per_s": rate / 1e9,
+                "peak_gflop_per_s": fastest / 1e9, "gflop_per_text": flop / len(rows) / 1e9}
+    case.model.eval()
+    if case.name == "imdb":
+        flop = paper_step(case)
+        total = flop * 25_000 * EPOCHS
+        found["limit/paper/imdb"] = {"gflop_per_text": flop / 1e9, "flop": total} | {
+            f"hours_{precision}": total / rates["train", precision] / 3600
+            for precision in ("fp32", "bf16")}
+    return found
+
+
+def paper_step(case):
+    """The operations of a training step for one review of 300 tokens with BERT-base."""
+    order = sorted(range(len(case.texts)), key=lambda i: -len(case.texts[i][0]))
+    rows = [next(i for i in order if case.y[i] == c) for c in (0, 1)]           # the longest
+    batch = case.vocabulary.encode([case.texts[i] for i in rows], hull=True)    # (2, 300, ..)
+    batch = {name: tensor.to(case.device) for name, tensor in batch.items()}
+    v = padded(case.start(rows), batch["subs"].shape)
+    flop = []
+    for layers in (1, 2):                               # the next ten are like the second
+        config = transformers.BertConfig(num_hidden_layers=layers,
+                                         vocab_size=case.model.encoder.config.vocab_size)
+        model = rift.RIFT(transformers.BertModel(config), 2).to(case.device).train()
+        adamw = torch.optim.AdamW(model.parameters(), lr=0.0)
+        T = torch.zeros(2, config.hidden_size, device=case.device)
+        flop.append(operations(our_step, model, adamw, batch, case.y[rows], T, v, case.s, "fp32"))
+    one, two = flop
+    return (one + 11 * (two - one)) / len(rows)
+
+
 # ---- The command line ----------------------------------------------------------------------------
 
 # memory is the last one: it makes malloc slower
-PARTS = {"train": training, "clean": clean, "attacks": attacked, "memory": memory}
+PARTS = {"train": training, "clean": clean, "attacks": attacked, "queries": queries, "limit": limit,
+         "memory": memory}
 
 
 def parse(argv):
@@ -527,12 +626,18 @@ def main(argv):
              f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"))
     if not (args.model and args.data_dir):
         print("without --model and --data-dir the ratios are of a toy size")
-    print(f"\n{'':21}{'ratio':>9}{'baseline':>16}{'ours':>16}   agrees  baseline's attention")
+    if not args.parts or set(args.parts) - {"queries", "limit"}:
+        print(f"\n{'':21}{'ratio':>9}{'baseline':>16}{'ours':>16}   agrees  baseline's attention")
     imdb = Case(args, "imdb")
     for part, measure in PARTS.items():
         if part in args.parts or not args.parts:
-            found = measure(imdb) | (training(Case(args, "snli")) if part == "train" else {})
+            snli = measure(Case(args, "snli")) if part in ("train", "limit") else {}
+            found = measure(imdb) | snli
             for name, r in found.items():
+                if "ratio" not in r:
+                    numbers = (f"{key.replace('_', ' ')} {value:.5g}" for key, value in r.items())
+                    print(f"{name:25}{',  '.join(numbers)}", flush=True)
+                    continue
                 unit = "mib" if part == "memory" else "s"
                 sides = [f"{r[f'{side}_{unit}']:12.2f} {unit:3}" for side in ("baseline", "ours")]
                 agrees = {True: "yes", False: "NO", None: ""}[r.get("agrees")]
