@@ -810,6 +810,9 @@ def read_finished(folder, attack, split):
     """
     s, _ = settings_of(folder)
     metrics, log = data.read_json(folder / "metrics.json"), data.read_lines(folder / "log.jsonl")
+    needed = {"epoch", "dev_clean", "dev_hull", "params_l2", "dev_retained", "dev_cka"}
+    if not all(needed <= line.keys() for line in log):
+        raise InputError(f"{folder / 'log.jsonl'}: {data.NOT_OURS}")
     kept = next((line for line in log if line["epoch"] == metrics.get("best_epoch")), None)
     if kept is None:
         raise InputError(f"{folder / 'log.jsonl'}: lacks the epoch that metrics.json names")

@@ -6,14 +6,17 @@ accuracy. An evaluation that was interrupted anywhere ends like one that was not
 textbook's. All of it on real runs of tiny models, made by train.main: BERT on texts of two classes,
 RoBERTa on pairs of three. What bad input leads to is in test_robustness.py.
 """
+import copy
 import csv
 import io
 import itertools
 import json
+import pickle
 import re
 import shutil
 import sys
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -184,6 +187,20 @@ def test_words_that_a_run_does_not_see_are_not_attacked(runs, kind, premise, see
     long = " ".join(["good movie"] * 100)
     text = long if premise is None else (" ".join(["plot"] * premise), long)
     assert eval.load_run(runs[kind] / "rift", "cpu").visible(text) == sees
+
+
+def test_a_run_in_ones_own_program_is_a_quiet_function(run, capfd):
+    """Loading it leaves the random numbers as they were and prints nothing; a copy of it, pickled
+    or deep, is the same function with a vocabulary of its own."""
+    before = torch.get_rng_state()
+    victim = eval.load_run(run, "cpu")
+    assert torch.equal(torch.get_rng_state(), before) and capfd.readouterr() == ("", "")
+    texts = ["a good movie", "this bad film was dull"]
+    for other in (pickle.loads(pickle.dumps(victim)), copy.deepcopy(victim)):
+        assert np.array_equal(other(texts), victim(texts))
+        assert other.vocabulary is not victim.vocabulary
+        other.vocabulary.neighbors["good"] = ["awful"]
+        assert victim.vocabulary.neighbors["good"] == TABLE["good"]
 
 
 # ---- Accuracy, and how certain it is -------------------------------------------------------------
@@ -555,6 +572,44 @@ def test_no_run_is_attacked_before_all_are_checked(run, tmp_path, capsys, second
     with pytest.raises(SystemExit):
         evaluate(run, tmp_path / second, *BOTH)
     assert message in capsys.readouterr().err and not (run / "attacks.jsonl").exists()
+
+
+def test_a_run_is_evaluated_after_everything_was_moved(runs, tmp_path, monkeypatch, capsys):
+    """--task says where its own data are now; their fingerprint decides whether they are the same,
+    and two data sets whose folders share a name stay apart."""
+    run, own = runs["texts"] / "rift", Path(eval.settings_of(runs["texts"] / "rift")[0].task)
+    moved = shutil.copytree(own, tmp_path / "elsewhere" / own.name)
+    evaluate(run, "--attacks", "pwws", "--num-examples", 5)
+    summary = data.read_json(run / "eval.json")
+    monkeypatch.setattr(data, "load_task", mock.Mock(side_effect=data.load_task))
+    evaluate(run, "--task", moved, "--num-examples", 5)
+    assert data.load_task.call_args.args[0] == str(moved)
+    assert data.read_json(run / "eval.json") == summary
+    with open(moved / "train.tsv", "a") as file:
+        file.write("neg\ta very bad movie\n")
+    with pytest.raises(SystemExit):
+        evaluate(run, "--task", moved, "--num-examples", 5)
+    assert "was trained on other data than is found now" in capsys.readouterr().err
+
+
+def test_exhaustive_bounds_the_true_accuracy(run, capsys):
+    """No attack finds more; what a limit stopped is said beside it."""
+    command = [run, "--attacks", "pwws", "exhaustive", "--num-examples", 10]
+    evaluate(*command, "--max-queries", 5000)
+    scores = data.read_json(run / "eval.json")
+    assert scores["exhaustive"] <= scores["pwws"]
+    fooled = {name: {line["index"]: line["words_changed"] for line in lines_of(run)
+                     if line["attack"] == name and line["success"]} for name in ("pwws", "exhaustive")}
+    assert fooled["pwws"] and all(fooled["exhaustive"][i] <= n for i, n in fooled["pwws"].items())
+    assert not any(line["stopped"] for line in lines_of(run))
+    capsys.readouterr()
+    evaluate(*command, "--max-queries", 2)
+    out = capsys.readouterr().out
+    stopped = [line for line in lines_of(run) if line["stopped"]]
+    assert stopped and "exhaustive (max queries 2)  stopped" in out
+    share = sum(line["attack"] == "exhaustive" for line in stopped) / 10
+    row, = [row for row in out.splitlines() if row.startswith(str(run)) and "%" in row]
+    assert row.split("  ")[-4].strip() == f"{share:.1%}"
 
 
 def test_two_commands_on_one_run_do_not_lose_lines_in_silence(run, monkeypatch, capsys):

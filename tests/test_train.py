@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -253,6 +254,7 @@ def test_the_defaults_are_the_papers(task, own):
                  candidates=10, ptwd=0.01, mixout=0.7, model="bert-base-uncased",
                  pooling="pooler", unknown_words="piece", micro_batch_size=None)
     assert {key: s[key] for key in paper} == paper
+    assert s["neighbors"] == "published"
     s = eval.parse(["runs"])
     assert (s.num_examples, s.population, s.generations) == (300, 60, 40)
 
@@ -353,7 +355,10 @@ def test_the_best_epoch_on_dev_is_kept(task, bert, tmp_path, monkeypatch, method
                            "--schedule", 1))
     long, short = tmp_path / "long" / method, tmp_path / "short" / method
     assert same_weights(long, short) and len(log_of(long)) == 4
-    assert read(long / "metrics.json")["best_epoch"] == best
+    metrics = read(long / "metrics.json")
+    assert metrics["best_epoch"] == best and metrics["best_rule"].endswith("of equals the later")
+    by_hull = [hull[best - 1]] if method == "adv" else []
+    assert metrics["best_score"] == [*by_hull, clean[best - 1]]
 
 
 def test_a_run_stopped_before_its_best_weights_are_written_keeps_them(task, bert, tmp_path, capsys,
@@ -545,7 +550,87 @@ def test_overwrite_leaves_no_old_run_to_go_on_with(task, bert, tmp_path, capsys,
     assert [log_of(tmp_path / "runs" / x)[0]["lr"] for x in ("standard", "adv")] == [0.5] * 2
 
 
+def test_a_run_is_told_by_what_it_is_made_of_not_by_paths(task, bert, tmp_path, capsys,
+                                                          monkeypatch):
+    """--resume finds the same texts, table and encoder under other names; others are refused."""
+    monkeypatch.chdir(tmp_path)
+    arguments = command(task, bert, "runs", "--method", "standard", "--epochs", 1)
+    train.main(arguments)
+    for path in (task, bert):
+        shutil.copytree(path, tmp_path / "moved" / path.name)
+    moved = command(tmp_path / "moved" / task.name, tmp_path / "moved" / bert.name, "./runs",
+                    "--method", "standard", "--epochs", 1, "--resume")
+    train.main(moved)
+    assert "runs/standard: finished already" in capsys.readouterr().err
+    (tmp_path / "moved" / task.name / "neighbors.json").write_text('{"good": ["great"]}')
+    assert "runs/standard: --resume with fingerprints " in stopped(capsys, moved, 2)
+
+
+def test_an_older_command_notices_that_another_one_has_taken_its_folder(task, bert, tmp_path,
+                                                                        capsys, monkeypatch):
+    """It stops with one line, before it writes anything between the other one's files."""
+    arguments = command(task, bert, tmp_path / "runs", "--method", "standard", "--overwrite")
+    measure, after = train.measure, {}
+
+    def meanwhile(*args):
+        if not after:
+            after["started"] = True
+            train.main([*arguments, "--seeds", "5"])
+            after.update(files(tmp_path / "runs"))
+        return measure(*args)
+
+    def files(folder):
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    monkeypatch.setattr(train, "measure", meanwhile)
+    assert "another train.py has started in it meanwhile" in stopped(capsys, arguments, 2)
+    del after["started"]
+    assert after == files(tmp_path / "runs")
+    assert read(tmp_path / "runs" / "standard" / "metrics.json")["seed"] == 5
+
+
+def test_parts_that_share_their_parameters_are_saved_and_loaded(task, bert, tmp_path, capsys,
+                                                                monkeypatch):
+    class Shared(rift.RIFT):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.h = self.g
+
+    monkeypatch.setattr(rift, "RIFT", Shared)
+    train.main(command(task, bert, tmp_path / "runs", "--epochs", 1))
+    model = eval.load_run(tmp_path / "runs" / "rift", "cpu").model
+    assert model.g is model.h
+
+
 # ---- Bad input is refused early ------------------------------------------------------------------
+
+
+def test_a_path_is_a_folder_whatever_its_last_name(task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task.rename(tmp_path / "imdb")
+    for path in ("./imdb", "imdb/", str(tmp_path / "imdb")):
+        args, s = train.parse(["--task", path])
+        assert s.task == str(tmp_path / "imdb") and args.out == Path("runs/imdb")
+    assert train.parse(["--task", "imdb"])[1].task == "imdb"
+
+
+def test_part_of_torchruns_environment_is_one_line(task, bert, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    error = stopped(capsys, command(task, bert, tmp_path / "runs"), 2)
+    assert "the environment has WORLD_SIZE but not RANK: start with torchrun" in error
+
+
+def test_what_is_allowed_but_hardly_meant_is_a_line(task, bert, tmp_path, capsys, monkeypatch):
+    """Words of a language that the model does not know; bf16 without the arithmetic for it."""
+    monkeypatch.setattr(data, "bf16_is_slow", lambda device: True)
+    for split in ("train", "dev", "test"):
+        lines = (task / f"{split}.tsv").read_text().replace("good", "хорошо").replace("a", "я")
+        (task / f"{split}.tsv").write_text(lines.replace("lяbel", "label"))
+    train.main(command(task, bert, tmp_path / "runs", "--method", "standard", "--epochs", 1,
+                       "--precision", "bf16"))
+    said = capsys.readouterr().err
+    assert "of the training words are unknown to the model's tokenizer, or cut to one char" in said
+    assert "--precision bf16: this processor has no bf16 arithmetic" in said
 
 
 def test_a_batch_without_two_texts_a_class_is_refused_before_the_teacher_reads(
