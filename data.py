@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import tarfile
+import threading
 import time
 import uuid
 import zipfile
@@ -757,9 +758,9 @@ def read_vectors(path, wanted):
 class Vocabulary:
     """One token for each word, by a BERT or RoBERTa tokenizer, and the candidates of each position.
 
-    tokenizer: a Hugging Face tokenizer. max_len: longest input in tokens, special tokens included.
-    neighbors: a substitution table. unknown: what a word outside the vocabulary becomes, "piece"
-    (the first piece that the tokenizer gives for it) or "unk". max_candidates: of a position, the
+    tokenizer: a Hugging Face tokenizer; max_len: longest input in tokens, special tokens included;
+    neighbors: a substitution table; unknown: what a word outside the vocabulary becomes, "piece"
+    (the first piece that the tokenizer gives for it) or "unk"; max_candidates: of a position, the
     word itself included. No word becomes a special token but [UNK], even one written "[SEP]".
     """
 
@@ -776,33 +777,43 @@ class Vocabulary:
         self.ids = tokenizer.get_vocab()
         # byte-level BPE writes the space before a word as "Ġ", other bytes than ASCII as letters
         self.byte_level = any(piece.startswith("Ġ") for piece in tokenizer.tokenize(" a")[:1])
-        # from here on both methods remember: a task has few different words
-        self.token = functools.cache(self.token)
-        self.candidates = functools.cache(self.candidates)
+        # what token() and candidates() found before: a task has few different words
+        self.token_of, self.candidates_of = {}, {}
 
     def token(self, word):
-        """The id of the word, else of its first piece (or [UNK], see the class); never another
-        special token. The word is lower-cased, because PWWS's blank word is NULL."""
-        word = word.lower()
+        """The id of the word, else of its first piece, or [UNK]; never another special token.
+
+        The word is lower-cased, because PWWS's blank word is NULL.
+        """
+        if word not in self.token_of:
+            self.token_of[word] = self.first_piece(word.lower())
+        return self.token_of[word]
+
+    def first_piece(self, word):
+        """token() of a lower-case word, looked up in the vocabulary or asked of the tokenizer."""
         if word.isascii() or not self.byte_level:
             token = self.ids.get("Ġ" + word if self.byte_level else word)
             if token is not None and token not in self.special:
                 return token
-        text = " " + word[:1000].encode("utf-8", "replace").decode()  # enough for the first piece
+        text = " " + word[:1000].encode("utf-8", "replace").decode()    # enough for the first piece
         pieces = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True,
                                        verbose=False)
-        whole = self.byte_level and len(pieces) == 1  # the vocabulary's own word beyond ASCII
+        whole = self.byte_level and len(pieces) == 1    # the vocabulary's own word beyond ASCII
         if not pieces or pieces[0] in self.special or (self.unknown == "unk" and not whole):
             return self.unk
         return pieces[0]
 
     def candidates(self, word):
-        """{token id: word}: the word, then its substitutes in the table's order, at most
-        max_candidates in all. Of words that share a token only the first is a candidate."""
-        first = {}
-        for other in (word, *self.neighbors.get(word, ())):
-            first.setdefault(self.token(other), other)
-        return dict(list(first.items())[: self.max_candidates])
+        """{token id: word}: the word, then its substitutes in the table's order.
+
+        At most max_candidates in all. Of words that share a token only the first is a candidate.
+        """
+        if word not in self.candidates_of:
+            first = {}
+            for other in (word, *self.neighbors.get(word, ())):
+                first.setdefault(self.token(other), other)
+            self.candidates_of[word] = dict(list(first.items())[:self.max_candidates])
+        return self.candidates_of[word]
 
     def visible(self, words):
         """The words of an example that fit into max_len: the first ones; of a pair the premise,
@@ -861,6 +872,25 @@ class Vocabulary:
         return {name: torch.from_numpy(array).to(device) for name, array in out.items()}
 
 
+def unknown_share(vocabulary, examples):
+    """The share of the visible words that become [UNK] or, although longer, a single character."""
+    words = Counter(word for x in examples for text in vocabulary.visible(x.words) for word in text)
+
+    def lost(word):
+        token = vocabulary.token(word)
+        # a piece that is only a part of a character is shown as one, "\ufffd"
+        piece = vocabulary.tokenizer.decode([token]).strip()
+        return token == vocabulary.unk or len(piece) <= 1 < len(word)
+
+    return sum(n for word, n in words.items() if lost(word)) / max(words.total(), 1)
+
+
+def no_room_share(vocabulary, examples):
+    """The share of pairs whose premise fills max_len, so that no word of the second text is seen."""
+    unseen = [x for x in examples if x.words[-1] and not vocabulary.visible(x.words)[-1]]
+    return len(unseen) / max(len(examples), 1)
+
+
 # ---- Batches -------------------------------------------------------------------------------------
 def balanced_batches(y, lengths, batch_size, rng, window=50):
     """One epoch of class-balanced batches: a list of int arrays of example numbers, each sorted by
@@ -917,6 +947,12 @@ def pick_precision(name, device):
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
+def bf16_is_slow(device):
+    """True on a CPU without instructions for bf16; False also where that is unknown."""
+    known = [there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name]
+    return device.type == "cpu" and known != [] and not any(known)
+
+
 def model_folder(name):
     """The folder of a model: the one named, else the hub's in the local cache, else downloaded.
 
@@ -949,9 +985,12 @@ def load_encoder(name_or_dir, max_len=0, complete=False):
     """
     folder, where = model_folder(name_or_dir), f"model {name_or_dir}"
     config = read_json(folder / "config.json")
-    if config.get("model_type") not in ("bert", "roberta"):
-        raise InputError(f"{where}: config.json has model_type {config.get('model_type')!r}, "
-                         "wanted bert or roberta")
+    wanted = {"model_type": ("bert", "roberta"), "position_embedding_type": ("absolute", None),
+              "is_decoder": (False, None), "add_cross_attention": (False, None)}
+    for name, values in wanted.items():
+        if config.get(name) not in values:
+            raise InputError(f"{where}: config.json has {name} {config.get(name)!r}, wanted "
+                             + " or ".join(str(value) for value in values if value is not None))
     weights = list(folder.glob("*.safetensors"))
     if not weights and list(folder.glob("pytorch_model*.bin")):
         raise InputError(f"{where}: has only pytorch_model.bin, which can run code when read; "
@@ -960,12 +999,17 @@ def load_encoder(name_or_dir, max_len=0, complete=False):
         if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git"):
             raise InputError(f"{path}: is a Git LFS pointer, not the weights: run `git lfs pull`")
     load = dict(trust_remote_code=False, local_files_only=True)
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()       # a bar for less than a second
     try:
         encoder, info = AutoModel.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True, **load)
     except Exception as error:              # the library raises many kinds for a damaged folder
         raise InputError(f"{where}: cannot be loaded ({first_line(error)})") from None
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **load)
     except Exception as error:
@@ -976,6 +1020,12 @@ def load_encoder(name_or_dir, max_len=0, complete=False):
     if lost:
         raise InputError(f"{where}: {len(lost)} tensors are missing or of the wrong shape, such as "
                          f"{min(lost)}")
+    # the heads of pre-training may be there as well, the rest of another architecture may not
+    keys = [key.removeprefix(f"{config['model_type']}.") for key in info["unexpected_keys"]]
+    extra = [key for key in keys if key.startswith(("embeddings.", "encoder.", "pooler."))]
+    if extra:
+        raise InputError(f"{where}: has {len(extra)} tensors that its config.json does not speak "
+                         f"of, such as {min(extra)}")
     pieces = tokenizer(["the", "a", "film"], add_special_tokens=False)["input_ids"]
     if {piece for word in pieces for piece in word} <= {tokenizer.unk_token_id}:
         raise InputError(f"{where}: its tokenizer knows none of the words 'the', 'a' and 'film'; "
@@ -1134,10 +1184,17 @@ def command(main):
         transformers.utils.logging.disable_progress_bar()
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")    # print what the terminal can show
-        try:
+                stream.reconfigure(errors="replace")        # print what the terminal can show
+        if threading.current_thread() is threading.main_thread():       # others may not do this
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            return main(sys.argv[1:] if argv is None else argv)
+        argv = sys.argv[1:] if argv is None else argv
+        try:
+            for text in (*argv, os.getcwd()):
+                # a byte that is not UTF-8 came as half a surrogate pair: no file could be written
+                if any("\ud800" <= character <= "\udfff" for character in text):
+                    raise InputError(f"{text!r}: not valid UTF-8, wanted words and a working "
+                                     "directory in UTF-8 (PYTHONUTF8=1 helps in a C locale)")
+            return main(argv)
         except (InputError, OSError, torch.OutOfMemoryError) as error:
             print(f"{script}: error: {error}", file=sys.stderr)
             raise SystemExit(2) from None

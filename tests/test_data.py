@@ -7,17 +7,21 @@
 - Tokens: one per word whatever the text; a token is once among a position's candidates.
 - Batches: every class equally often, each example at most once.
 """
+import copy
 import errno
 import hashlib
 import http.client
 import io
 import json
 import os
+import pickle
 import random
+import shutil
 import tarfile
 import time
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from email.message import Message
 from pathlib import Path
@@ -28,7 +32,9 @@ from urllib.error import HTTPError
 import nltk
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+import transformers
 from tokenizers import ByteLevelBPETokenizer
 from transformers import RobertaTokenizer
 
@@ -697,6 +703,44 @@ def test_the_premise_is_kept_and_the_hypothesis_cut(tmp_path):
     assert data.Vocabulary(bert(tmp_path), 3).visible((tuple("ab"), tuple("cd"))) == ((), ())
 
 
+def test_copies_of_a_vocabulary_are_independent(tokenizer):
+    """A pickled one too. What was looked up before is not shared."""
+    vocabulary = data.Vocabulary(tokenizer, 12, NEIGHBORS)
+    before = vocabulary.token("film"), vocabulary.candidates("film")
+    for other in (copy.deepcopy(vocabulary), pickle.loads(pickle.dumps(vocabulary))):
+        assert (other.token("film"), other.candidates("film")) == before
+        other.neighbors["good"] = ["film"]
+        assert list(other.candidates("good").values()) == ["good", "film"]
+        other.token_of["man"] = 0
+    assert "great" in vocabulary.candidates("good").values() and vocabulary.token("man") != 0
+
+
+@pytest.mark.parametrize("text, unknown, share", [
+    ("a good film man", "piece", 0), ("a good xs films", "piece", 1 / 4),
+    ("a good xs films", "unk", 2 / 4), ("\u4f60\u597d \u4e16\u754c", "piece", 1)])
+def test_the_share_of_words_that_the_tokenizer_does_not_know(tmp_path, text, unknown, share):
+    """They become [UNK] or, although longer, a single letter. Words cut off do not count."""
+    vocabulary = data.Vocabulary(bert(tmp_path), 6, unknown=unknown)
+    examples = [data.Example(data.from_text(text + " zzz" * 4), 0)] * 3
+    cut = [data.Example((x.words[0][:4],), 0) for x in examples]
+    assert data.unknown_share(vocabulary, cut) == data.unknown_share(vocabulary, examples) == share
+    assert data.unknown_share(vocabulary, []) == 0
+
+
+def test_the_share_of_unknown_words_of_byte_level_bpe(tmp_path):
+    """Of a Chinese word only the first byte is left."""
+    vocabulary = data.Vocabulary(roberta(tmp_path), 9)
+    examples = [data.Example((("good", "film", "café", "\u4f60\u597d"),), 0)]
+    assert data.unknown_share(vocabulary, examples) == 1 / 4
+
+
+def test_the_share_of_pairs_without_room_for_the_second_text(tmp_path):
+    vocabulary = data.Vocabulary(bert(tmp_path), 8)
+    pairs = [(("a",) * n, ("film",) * m) for n, m in [(5, 3), (4, 3), (9, 1), (9, 0)]]
+    assert data.no_room_share(vocabulary, [data.Example(x, 0) for x in pairs]) == 2 / 4
+    assert data.no_room_share(vocabulary, [data.Example((("a",) * 99,), 0)]) == 0
+
+
 # ---- Batches -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("counts, batch_size", [
     ((10, 10), 4), ((7, 31), 4), ((100, 40, 63), 9), ((3, 90), 32)])
@@ -730,3 +774,66 @@ def test_batches_are_drawn_anew_but_repeatable_and_of_like_length():
     surplus = [set(np.concatenate(epoch(seed)).tolist()) - set(range(300)) for seed in (0, 1)]
     assert len(surplus[0]) == 300 and len(surplus[0] & surplus[1]) < 100
     assert spread(epoch(0)) < 0.3 * spread([np.random.default_rng(2).permutation(300)[:8]] * 50)
+
+
+# ---- Encoders ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(position_embedding_type="relative_key"), "position_embedding_type 'relative_key', want"),
+    (dict(is_decoder=True), "is_decoder True, wanted False"),
+    (dict(add_cross_attention=True), "add_cross_attention True, wanted False"),
+    (dict(num_hidden_layers=1), "16 tensors that its config.json does not speak of, such as .*r.1"),
+])
+def test_an_encoder_of_another_architecture_is_refused(tmp_path, model_folder, change, message):
+    """What this project would compute of it is not what that model computes."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(data.InputError, match=f"^model {folder}: .*{message}[^\n]*$"):
+        data.load_encoder(folder)
+
+
+def test_heads_of_pre_training_may_be_there_and_no_bar_is_shown(tmp_path, model_folder, capfd):
+    """The old buffer of position ids may be there too. The library's own setting stays."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    kind = model_folder.name
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors = {f"{kind}.{name}": tensor for name, tensor in tensors.items()}
+    tensors |= {"cls.predictions.bias": torch.zeros(3), "lm_head.bias": torch.zeros(3),
+                f"{kind}.embeddings.position_ids": torch.arange(34)[None]}
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    bars = transformers.utils.logging
+    bars.enable_progress_bar()
+    encoder, _ = data.load_encoder(folder)
+    assert bars.is_progress_bar_enabled() and capfd.readouterr().err == ""
+    there, _ = data.load_encoder(model_folder)
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), there.parameters()))
+
+
+@pytest.mark.parametrize("name, capabilities, slow", [
+    ("cpu", {"avx2": True, "avx512_bf16": False, "amx_bf16": False}, True),
+    ("cpu", {"avx512_bf16": False, "amx_bf16": True}, False), ("cpu", {"bf16": True}, False),
+    ("cpu", {"architecture": "riscv"}, False), ("cuda", {"avx512_bf16": False}, False)])
+def test_bf16_is_slow_on_a_cpu_without_instructions_for_it(monkeypatch, name, capabilities, slow):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert data.bf16_is_slow(torch.device(name)) == slow
+
+
+# ---- Command lines -------------------------------------------------------------------------------
+
+
+def test_a_command_may_run_in_any_thread():
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(data.command(lambda argv: len(argv)), ["a", "b"]).result() == 2
+
+
+@pytest.mark.parametrize("argv, folder", [
+    (["--out", "runs/\udcff"], "/tmp"), ([], "/d\udcc3\udca9")])
+def test_a_word_or_working_directory_that_is_not_utf_8_is_one_line(
+        monkeypatch, capsys, argv, folder):
+    monkeypatch.setattr(os, "getcwd", lambda: folder)
+    with pytest.raises(SystemExit) as stop:
+        data.command(lambda argv: pytest.fail("it has begun"))(argv)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "not valid UTF-8" in line and "\\udc" in line
