@@ -166,6 +166,10 @@ def read_lines(path):
 def save_tensors(path, tensors, about=None):
     """Writes {name: tensor} and a JSON-able dict to one safetensors file, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    first = {tensor.data_ptr(): name for name, tensor in reversed(tensors.items())}
+    for name, tensor in tensors.items():        # safetensors wants memory of its own for each name
+        if first[tensor.data_ptr()] != name:
+            tensors[name] = tensor.clone()
     write_atomically(path, safetensors.torch.save(tensors, {"about": json.dumps(about or {})}))
 
 

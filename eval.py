@@ -658,9 +658,9 @@ def clean_and(same, name):
 def tradeoff_gain(reference, runs, name):
     """Robust accuracy minus a reference's at the same clean accuracy: (value, low, high).
 
-    reference, runs: {beta: [run, ..]}. The reference's points (clean, robust) are joined by straight
-    lines in the order of their clean accuracy, and its ends are held; the difference is averaged
-    over the betas of `runs`. The interval is over runs and texts, see bootstrap().
+    reference, runs: {beta: [run, ..]}. The reference's points (clean, robust) are joined by
+    straight lines in the order of their clean accuracy, and its ends are held; the difference is
+    averaged over the betas of `runs`. The interval is over runs and texts, see bootstrap().
     """
     def statistic(*means):                                                      # each (D, 2)
         known, asked = np.stack(means[:len(reference)]), np.stack(means[len(reference):])
@@ -748,8 +748,8 @@ def tradeoffs(group, names):
                  for beta, runs in curves[curve].items() if beta not in within]
         for label, points in rows:
             star = "*" if min(map(len, [*adv.values(), *points.values()])) == 1 else ""
-            yield ("\n{} against adv at the same clean accuracy, {}, {}: {:+.3f} [{:+.3f}, {:+.3f}]{}"
-                   .format(curve, name, label, *tradeoff_gain(adv, points, name), star))
+            gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*tradeoff_gain(adv, points, name))
+            yield f"\n{curve} against adv at the same clean accuracy, {name}, {label}: {gain}{star}"
 
 
 def marked(original, adversarial):
@@ -764,7 +764,8 @@ def marked(original, adversarial):
 
 # Colour-blind safe colours (Okabe and Ito) with a marker each; the last ones are for new methods.
 STYLES = {"standard": ("#000000", "o"), "adv": ("#0072B2", "s"), "adv-ptwd": ("#009E73", "D"),
-          "adv-mixout": ("#CC79A7", "P"), "rift-marginal": ("#E69F00", "v"), "rift": ("#D55E00", "^")}
+          "adv-mixout": ("#CC79A7", "P"), "rift-marginal": ("#E69F00", "v"),
+          "rift": ("#D55E00", "^")}
 NEW_STYLES = [("#56B4E9", "X"), ("#999999", "*"), ("#8C510A", "h"), ("#4D4D4D", "<")]
 
 
@@ -845,7 +846,7 @@ def points_over(runs, key, measures):
 
 
 def draw_accuracy(ax, runs, attack, over):
-    """Clean and robust accuracy over alpha, adv at 0; over beta they are drawn against each other."""
+    """Clean and robust accuracy over alpha, adv at 0; or against each other, a point a beta."""
     from matplotlib.patheffects import withStroke       # not at the top: matplotlib is optional
     if over == "alpha":
         runs = [x for x in runs if x.run.method in ("adv", "rift")]
@@ -859,7 +860,8 @@ def draw_accuracy(ax, runs, attack, over):
         if over == "alpha":
             values, n = ([0], 1) if adv else (values, len(values))
             for y, label, fill in ((clean, "clean", look["color"]), (robust, attack, "white")):
-                ax.errorbar(values, y[:n, 0], y[:n, 1:].T, mfc=fill, label=f"{name}, {label}", **look)
+                ax.errorbar(values, y[:n, 0], y[:n, 1:].T, mfc=fill, label=f"{name}, {label}",
+                            **look)
             continue
         ax.errorbar(clean[:, 0], robust[:, 0], robust[:, 1:].T, clean[:, 1:].T, label=name, **look)
         for beta, x, y in zip(values, clean[:, 0], robust[:, 0]):
@@ -946,8 +948,8 @@ def plot(folders, path, attack, split):
         draw(ax, runs, attack, **more)
         ax.grid(alpha=0.3)
         ax.set_title(title, size=10)
-        by_beta = more.get("over") == "beta"
-        ax.legend(fontsize=8, title="numbers: beta, points joined in its order" if by_beta else None)
+        joined = "numbers: beta, joined in its order" if more.get("over") == "beta" else None
+        ax.legend(fontsize=8, title=joined)
     bars = "Bars: range over seeds"
     if any(draw is draw_accuracy for draw, *_ in panels):
         bars += "; for a single run's accuracy, its 95% interval"
@@ -993,8 +995,8 @@ def parse(argv):
          help="chooses the texts and drives the attacks")
     flag("--batch-size", type=positive, default=64, metavar="N", help="texts in a forward pass")
     flag("--data-dir", metavar="DIR", help="where archives and tables are; None: as the run had it")
-    flag("--task", metavar="FOLDER", help="where the runs' own data folder is now; None: as the run "
-         "had it")
+    flag("--task", metavar="FOLDER", help="where the runs' own data folder is now; None: where it "
+         "was")
     flag("--neighbors", metavar="TABLE", help="published, vectors, wordnet or a file, as for "
          "train.py; None: the run's own")
     flag("--device", metavar="NAME", help="cpu, cuda:0, ..; None: a GPU if there is one")

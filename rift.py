@@ -472,7 +472,7 @@ class RIFT(nn.Module):
         return self
 
     def adversary(self, input_ids, attention_mask, subs, subs_mask, v, y=None, **search):
-        """w (B, L, K) of x^: adversary() with this model's parts; search: its steps, lr and so on."""
+        """w (B, L, K) of x^: adversary() on this model; search: its steps, lr and so on."""
         with stand_in(self.encoder, weights_in(self.encoder, self.dtype)):
             return adversary(self.encoder, self.head, input_ids, attention_mask, subs, subs_mask,
                              v, y, pooling=self.pooling, **search)

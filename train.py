@@ -172,7 +172,7 @@ def slices(model, y, size):
 
     for part in rows.tensor_split(number, dim=1):                                   # (C, about n)
         m = part.numel()
-        if done:            # G, the mean over n texts, becomes (G n/m + g) m/(n+m) with m more texts
+        if done:    # the mean over n texts, G, becomes (G n/m + g) m/(n+m) with the g of m more
             scale(done / m)
         yield part.flatten().numpy()
         if done:
@@ -278,8 +278,8 @@ FILES = ("config.json", "neighbors.json", "log.jsonl", "metrics.json", "eval.jso
 
 
 def trained(model):
-    """{name: tensor} of all that is trained: everything but the teacher. Where two parts of the model
-    share a parameter, it is here under both names."""
+    """{name: tensor} of all that is trained: everything but the teacher. A parameter that two parts
+    of the model share is here under both names."""
     return {name: p for name, p in model.state_dict().items() if not name.startswith("teacher.")}
 
 
@@ -450,8 +450,8 @@ def warn(vocabulary, task):
     """Prints a line for each thing that is allowed but hardly meant."""
     unknown = data.unknown_share(vocabulary, task.train)
     if unknown > 0.2:
-        print(f"{unknown:.0%} of the training words are unknown to the model's tokenizer, or cut to "
-              "one character: is it a model for this language?", file=sys.stderr)
+        print(f"{unknown:.0%} of the training words are unknown to the model's tokenizer, or cut "
+              "to one character: is it a model for this language?", file=sys.stderr)
     no_room = data.no_room_share(vocabulary, task.train)
     if no_room:
         print(f"{no_room:.1%} of the training pairs have a first text that fills --max-len "
@@ -656,8 +656,8 @@ def start_processes(s):
         return
     missing = [x for x in ("RANK", "MASTER_ADDR", "MASTER_PORT") if x not in os.environ]
     if missing:
-        raise InputError(f"the environment has WORLD_SIZE but not {missing[0]}: start with torchrun, "
-                         "or remove it")
+        raise InputError(f"the environment has WORLD_SIZE but not {missing[0]}: start with "
+                         "torchrun, or remove it")
     # the other processes wait while the first one reads texts or measures test: for hours
     backend = "nccl" if data.pick_device(s.device).type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))

@@ -226,7 +226,8 @@ def test_gradients_of_slices_add_up(task, bert, tmp_path):
     assert same_weights(whole, slices, atol=1e-4)
     assert log_of(whole)[0]["ce"] == pytest.approx(log_of(slices)[0]["ce"], rel=1e-4)
     y = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    assert [y[part].tolist() for part in train.slices(torch.nn.Linear(1, 1), y, 4)] == [[0, 0, 1, 1]] * 2
+    slices = train.slices(torch.nn.Linear(1, 1), y, 4)
+    assert [y[part].tolist() for part in slices] == [[0, 0, 1, 1]] * 2
 
 
 @pytest.mark.parametrize("C, N, size", [(2, 4, 4), (2, 16, 10), (3, 40, 40), (3, 5, 4), (2, 1, 4)])
@@ -524,7 +525,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(task, bert, tmp_path, capsys, m
         else:
             path.write_bytes(content[:len(content) // 2])
         error = stopped(capsys, [*arguments, "--resume"], 2)
-        assert "checkpoint.safetensors: " in error and error.endswith("or damaged")
+        assert "checkpoint.safetensors: " in error and "damaged" in error
 
 
 def test_a_folder_that_holds_a_run_is_not_touched(task, bert, tmp_path, capsys):
