@@ -3,8 +3,8 @@
 A text is a tuple of lower-case words. Joined by single spaces it is a string, already tokenized:
 split it at spaces. A substitution table maps a word to a list of words. `Vocabulary` gives each
 word one token and each position its candidate tokens (the adversary's hull). `balanced_batches`
-draws every class equally often, because L_info compares examples of one class. The last part is a
-data set itself: the grammar of the toy task.
+draws every class equally often, because L_info compares examples of one class. Then come encoders,
+a data set itself, the grammar of the toy task, and what both command lines use.
 
 For a file or a setting of the user that cannot be used, every function raises InputError.
 """
@@ -108,7 +108,7 @@ def replacing(path):
                 if not (tmp.is_dir() and path.is_dir()):    # two folders: another process made one
                     raise
     finally:
-        with suppress(OSError):         # it was never made, or its folder is read-only now
+        with suppress(OSError):     # it was never made, or its folder is read-only now
             remove(tmp)
 
 
@@ -221,14 +221,14 @@ def cache_dir():
     """The folder for downloads and what is computed once: $RIFT_CACHE, otherwise ~/.cache/rift."""
     try:
         return Path(os.environ.get("RIFT_CACHE") or "~/.cache/rift").expanduser().absolute()
-    except RuntimeError:                # this user has no home folder
+    except RuntimeError:    # this user has no home folder
         raise InputError("~/.cache/rift: there is no home folder; set the environment variable "
                          "RIFT_CACHE to a folder for downloads") from None
 
 
 def cached(name, compute):
     """The value of compute(), JSON-able, read from the file `name` of the cache if it is there."""
-    with suppress(OSError, ValueError):         # not there yet, or damaged
+    with suppress(OSError, ValueError):     # not there yet, or damaged
         return json.loads((cache_dir() / name).read_bytes())
     value = compute()
     try:
@@ -313,7 +313,7 @@ def unpack(path, private=False):
             else:
                 with zipfile.ZipFile(path) as archive:
                     archive.extractall(tmp)
-            mode = tmp.stat().st_mode               # of the archive's own modes none is kept
+            mode = tmp.stat().st_mode       # of the archive's own modes none is kept
             for inside in tmp.rglob("*"):
                 inside.chmod(mode if inside.is_dir() else mode & 0o666)
     return folder
@@ -352,21 +352,27 @@ def prepare_nltk(data_dir=None, wordnet=False):
 
 
 # ---- Words ---------------------------------------------------------------------------------------
+
 # Pieces of contractions, as word_tokenize splits them: ca n't, she 'll; sometimes ' ll.
 CONTRACTIONS = {"n't", "'ll", "'re", "'ve", "'d", "'m", "'s"}
 BEFORE_NOT, AFTER_APOSTROPHE = {"ca", "wo", "sha", "ai"}, {"ll", "re", "ve", "d", "m", "s"}
 
 
 def clean(text):
-    """A raw text made ready to be split: <br /> becomes a space, don’t (also with U+02BC, U+00B4 or
-    a backtick) becomes don't, and half a surrogate pair, which cannot be printed, becomes "?"."""
+    """A raw text made ready to be split.
+
+    <br /> becomes a space, don’t (also with U+02BC, U+00B4 or a backtick) becomes don't, and half a
+    surrogate pair, which cannot be printed, becomes "?".
+    """
     text = text.replace("<br />", " ").encode("utf-8", "replace").decode()
-    return re.sub(r"[’ʼ´`](?<=[^\W\d_].)(?=[^\W\d_])", "'", text)  # a letter before and after
+    return re.sub(r"[’ʼ´`](?<=[^\W\d_].)(?=[^\W\d_])", "'", text)       # between two letters
 
 
 def words_of(text):
-    """The list of words of a raw text: nltk.word_tokenize, then lower case. No word is empty or has
-    white space in it. Call prepare_nltk first (LookupError otherwise)."""
+    """The list of words of a raw text: nltk.word_tokenize, then lower case.
+
+    No word is empty or has white space in it. Call prepare_nltk first (LookupError otherwise).
+    """
     return [word.lower() for word in nltk.word_tokenize(clean(text))]
 
 
@@ -401,8 +407,10 @@ def from_text(text):
 
 def substitutes(words, table):
     """The substitutes of each of a text's n words: a list of n lists, empty where there are none.
-    Pieces of contractions have none, because they are no words; `ca` is a piece only before `n't`.
-    table: {word: list of words}"""
+
+    table: {word: list of words}. Pieces of contractions have none, because they are no words; `ca`
+    is a piece only before `n't`.
+    """
     out = []
     for before, word, after in zip(("", *words), words, (*words[1:], "")):
         piece = (word in CONTRACTIONS or (word in BEFORE_NOT and after == "n't")
@@ -412,6 +420,7 @@ def substitutes(words, table):
 
 
 # ---- Tasks ---------------------------------------------------------------------------------------
+
 # words: one or two texts, each a tuple of words; only the last may be changed. y: the class, an int
 Example = namedtuple("Example", "words y")
 # labels: the names of classes 0, 1 ..; train, dev, test: lists of Example; fingerprint: of it all
@@ -452,7 +461,7 @@ def choose(splits, labels, sizes, split_seed, where):
     if split_seed < 0:
         raise InputError(f"split seed {split_seed}: has to be 0 or more")
     rngs = {split: np.random.default_rng([split_seed, i]) for i, split in enumerate(sizes)}
-    pools, chosen = {}, {}              # pools: {split: for each class a list, in random order}
+    pools, chosen = {}, {}      # pools: {split: for each class a list, in random order}
     for split, raw in splits.items():
         y = np.array([y for _, y in raw])
         shuffled = [rngs[split].permutation(np.flatnonzero(y == c)) for c in range(len(labels))]
@@ -477,7 +486,7 @@ def cut_dev(pools, labels, size, where):
     Texts that are in dev leave train. Dev is taken from a pool's start, a subset of train later
     from its end, so that the subset hardly depends on dev's size.
     """
-    def plain(texts):           # texts that differ only in case or space have the same words
+    def plain(texts):       # texts that differ only in case or space have the same words
         return " \t ".join(" ".join(clean(text).lower().split()) for text in texts)
 
     total = sum(map(len, pools))
@@ -511,8 +520,7 @@ def text_of(path):
 
 
 def read_imdb(path):
-    """(labels, {"train", "test": [((text,), y), ..]}) of aclImdb_v1.tar.gz or the folder aclImdb,
-    in the order of the file names."""
+    """(labels, {"train", "test": [((text,), y), ..]}) of IMDB's archive or folder aclImdb."""
     root = path if path.is_dir() else unpack(path) / "aclImdb"
     labels, splits = ["neg", "pos"], {"train": [], "test": []}
     for split, examples in splits.items():
@@ -533,9 +541,11 @@ def read_imdb(path):
 
 
 def read_snli(path):
-    """(labels, {"train", "dev", "test": [((premise, hypothesis), y), ..]}) of snli_1.0.zip or the
-    folder snli_1.0. Pairs with the gold label "-" are dropped. The order of the labels is that of
-    the authors' code; models from elsewhere mostly have neutral 1 and contradiction 2."""
+    """(labels, {"train", "dev", "test": [((premise, hypothesis), y), ..]}) of SNLI.
+
+    path: snli_1.0.zip or the folder snli_1.0. Pairs with the gold label "-" are dropped. The order
+    of the labels is the authors' code's; other models mostly have neutral 1, contradiction 2.
+    """
     root = path if path.is_dir() else unpack(path) / "snli_1.0"
     labels = ["entailment", "contradiction", "neutral"]
     splits = {"train": [], "dev": [], "test": []}
@@ -571,7 +581,7 @@ def read_folder(path):
         raise InputError(f"{path.absolute()}: no such folder; wanted one with train.tsv and "
                          f"test.tsv, or the name of a public task, imdb, snli or toy")
     headers, labels, splits = ["label\ttext", "label\ttext\ttext2"], None, {}
-    spelling = {}  # label, in lower case or as a number -> as it was written first, spaces and all
+    spelling = {}   # label, in lower case or as a number -> as it was written first, spaces and all
     for split in ("train", "dev", "test") if (path / "dev.tsv").exists() else ("train", "test"):
         where = path / f"{split}.tsv"
         header, *lines = text_of(where).replace("\r\n", "\n").removesuffix("\n").split("\n")
@@ -579,7 +589,7 @@ def read_folder(path):
             wanted = " or ".join(map(repr, headers))
             raise InputError(f"{where}, line 1: {header[:80]!r}, wanted the header {wanted}, then "
                              f"examples")
-        headers = [header]  # test.tsv and dev.tsv have the columns of train.tsv
+        headers = [header]      # test.tsv and dev.tsv have the columns of train.tsv
         rows = [line.split("\t") for line in lines]
         labels = labels or sorted({row[0].strip() for row in rows})
         for number, row in enumerate(rows, 2):
@@ -592,7 +602,7 @@ def read_folder(path):
                     raise InputError(f"{at}: {field[:80]!r} is quoted, wanted the text as it is; "
                                      f"write the file with quoting=csv.QUOTE_NONE")
             with suppress(ValueError):
-                label = float(label)  # so that "1" and "1.0" are compared as one label
+                label = float(label)    # so that "1" and "1.0" are compared as one label
             first = spelling.setdefault(str(label).lower(), row[0])
             if row[0] != first:
                 raise InputError(f"{at}: label {row[0]!r} is {first!r} further up: wanted one "
@@ -606,6 +616,7 @@ def read_folder(path):
 
 
 # ---- Substitution tables: lower-case word -> list of lower-case words ----------------------------
+
 # Function words, which get no WordNet synonyms: pronouns, auxiliaries, determiners, prepositions,
 # conjunctions.
 CLOSED_CLASS = set("""
@@ -682,10 +693,10 @@ def wordnet_neighbors(words):
     wordnet, table = nltk.corpus.wordnet, {}
     words = sorted(set(words) - CLOSED_CLASS)
 
-    def compute():  # all at once, because NLTK's reader fails when several threads use it
+    def compute():      # all at once, because NLTK's reader fails when several threads use it
         for word in tqdm(words, "synonyms", delay=2, disable=None):
             def count(pos):
-                form = wordnet.morphy(word, pos)  # of "films" it is "film"
+                form = wordnet.morphy(word, pos)    # of "films" it is "film"
                 return sum(x.count() for x in wordnet.lemmas(form, pos)) if form else -1
 
             synsets = wordnet.synsets(word, max("nvar", key=count))
@@ -700,10 +711,9 @@ def wordnet_neighbors(words):
 
 
 def vector_neighbors(path, counts, k=8, max_sq_dist=0.5, vocabulary=50_000, skip=27):
-    """{word: nearest neighbours} from a file of word vectors (Alzantot et al. 2018; vectors of
-    Mrksic et al. 2016).
+    """{word: nearest neighbours} from word vectors (Alzantot et al. 2018, Mrksic et al. 2016).
 
-    path: see read_vectors. counts: Counter of the task's training words. A word's substitutes are
+    path: see read_vectors; counts: Counter of the task's training words. A word's substitutes are
     its at most k nearest words with ||a - b||^2 < max_sq_dist, nearest first. Both are among the
     `vocabulary` most frequent training words (ties by the alphabet) and have a vector; the `skip`
     most frequent of these, function words, get none. 65,713 x 300 numbers take a minute or two and
@@ -717,12 +727,12 @@ def vector_neighbors(path, counts, k=8, max_sq_dist=0.5, vocabulary=50_000, skip
         words = [word for word in ranked if word in vectors]
         if not words:
             raise InputError(f"{path}: none of the {len(ranked)} training words has a vector in it")
-        X = torch.from_numpy(np.stack([vectors[word] for word in words]))  # (n, dim) float64
+        X = torch.from_numpy(np.stack([vectors[word] for word in words]))       # (n, dim) float64
         table = {}
         for start in tqdm(range(skip, len(words), 1000), "nearest neighbours", disable=None):
-            distances = torch.cdist(X[start : start + 1000], X).square_()  # (1000, n)
+            distances = torch.cdist(X[start:start + 1000], X).square_()         # (1000, n)
             for i, row in enumerate(distances, start):
-                row[i] = math.inf  # not the word itself
+                row[i] = math.inf       # not the word itself
                 near = (row < max_sq_dist).nonzero()[:, 0]
                 # rounded, so that of equals the most frequent word comes first on every machine
                 nearest = near[row[near].round(decimals=9).argsort(stable=True)[:k]]
@@ -736,8 +746,11 @@ def vector_neighbors(path, counts, k=8, max_sq_dist=0.5, vocabulary=50_000, skip
 
 
 def read_vectors(path, wanted):
-    """{word: (dim,) float64 array} of the wanted words. path: a .txt with lines `word number number
-    ..`, or a .zip with one such file. Lines of other words are checked too."""
+    """{word: (dim,) float64 array} of the wanted words.
+
+    path: a .txt with lines `word number number ..`, or a .zip with one such file. Lines of other
+    words are checked too.
+    """
     folder = unpack(path)
     files = [path] if folder == path else list(folder.rglob("[!.]*.txt"))
     if len(files) != 1:
@@ -759,6 +772,8 @@ def read_vectors(path, wanted):
 
 
 # ---- Words to tokens -----------------------------------------------------------------------------
+
+
 class Vocabulary:
     """One token for each word, by a BERT or RoBERTa tokenizer, and the candidates of each position.
 
@@ -820,9 +835,8 @@ class Vocabulary:
         return self.candidates_of[word]
 
     def visible(self, words):
-        """The words of an example that fit into max_len: the first ones; of a pair the premise,
-        then the first ones of the hypothesis."""
-        room = self.max_len - 1 - len(words)  # for words: [CLS] and a [SEP] for each text are off
+        """The first words of an example that fit into max_len; a pair's premise comes first."""
+        room = self.max_len - 1 - len(words)    # for words: [CLS] and a [SEP] for each text are off
         kept = []
         for text in words:
             kept.append(tuple(text[:room]))
@@ -837,11 +851,13 @@ class Vocabulary:
         return ids
 
     def substitute(self, words, choice):
-        """The words of an example, with candidate choice[l] put at every position l of its row in
-        encode(). choice: (L,) ints."""
+        """The words of an example, with candidate choice[l] at every position l of encode()'s row.
+
+        choice: (L,) ints.
+        """
         *premise, last = self.visible(words)
         first = 1 + sum(len(text) + 1 for text in premise)  # after [CLS], the premise and its [SEP]
-        choice = choice[first : first + len(last)]
+        choice = choice[first:first + len(last)]
         chosen = [list(self.candidates(word).values())[k] for word, k in zip(last, choice)]
         return (*premise, tuple(chosen))
 
@@ -856,13 +872,13 @@ class Vocabulary:
         rows = [self.input_ids(words) for words in batch]
         lengths = np.array([[len(row)] for row in rows])
         B, L = len(rows), lengths.max()
-        ids = np.array([row + [self.pad] * (L - len(row)) for row in rows])  # (B, L)
+        ids = np.array([row + [self.pad] * (L - len(row)) for row in rows])     # (B, L)
         out = {"input_ids": ids, "attention_mask": (np.arange(L) < lengths).astype(np.int64)}
         if hull:
-            tokens = {}  # (b, l): the candidates' tokens, where the word may change
+            tokens = {}     # (b, l): the candidates' tokens, where the word may change
             for b, words in enumerate(batch):
                 last = self.visible(words)[-1]
-                start = len(rows[b]) - 1 - len(last)  # the last [SEP] is behind it
+                start = len(rows[b]) - 1 - len(last)    # the last [SEP] is behind it
                 others = substitutes(last, self.neighbors)
                 tokens |= {(b, start + i): list(self.candidates(word))
                            for i, word in enumerate(last) if others[i]}
@@ -870,8 +886,8 @@ class Vocabulary:
             subs, subs_mask = np.full((B, L, K), self.pad), np.zeros((B, L, K), bool)
             subs[..., 0], subs_mask[..., 0] = ids, True
             for (b, l), row in tokens.items():
-                subs[b, l, : len(row)] = row
-                subs_mask[b, l, : len(row)] = True
+                subs[b, l, :len(row)] = row
+                subs_mask[b, l, :len(row)] = True
             out |= {"subs": subs, "subs_mask": subs_mask}
         return {name: torch.from_numpy(array).to(device) for name, array in out.items()}
 
@@ -890,37 +906,39 @@ def unknown_share(vocabulary, examples):
 
 
 def no_room_share(vocabulary, examples):
-    """The share of pairs whose premise fills max_len, so that no word of the second text is seen."""
+    """The share of pairs whose premise fills max_len: no word of the second text is visible."""
     unseen = [x for x in examples if x.words[-1] and not vocabulary.visible(x.words)[-1]]
     return len(unseen) / max(len(examples), 1)
 
 
 # ---- Batches -------------------------------------------------------------------------------------
-def balanced_batches(y, lengths, batch_size, rng, window=50):
-    """One epoch of class-balanced batches: a list of int arrays of example numbers, each sorted by
-    class.
 
-    y, lengths: class and length of each example. batch_size: rounded down to a multiple of the
-    number of classes. rng: numpy Generator. No example comes twice. The epoch ends when the
+
+def balanced_batches(y, lengths, batch_size, rng, window=50):
+    """One epoch of class-balanced batches: a list of int arrays of example numbers.
+
+    y, lengths: class and length of each example; batch_size: rounded down to a multiple of the
+    number of classes; rng: numpy Generator. No example comes twice. The epoch ends when the
     smallest class is used up (a last, smaller batch is kept if it has 2 of each); which examples of
     a larger class are left over changes each epoch. Within every `window` batches, examples of
-    similar length share a batch, which saves padding; within a batch a class is in random order.
+    similar length share a batch, which saves padding. A batch is sorted by class, each in random
+    order.
     """
     y, lengths = np.asarray(y), np.asarray(lengths)
     classes, sizes = np.unique(y, return_counts=True)
-    per = batch_size // max(len(classes), 1)  # of each class in a batch
+    per = batch_size // max(len(classes), 1)    # of each class in a batch
     if len(classes) < 2 or min(sizes) < 2 or per < 2:
         raise InputError(f"batches of {batch_size} from classes of {sizes.tolist()} examples: "
                          f"wanted at least 2 classes and 2 examples of each in a batch")
     full, rest = divmod(int(sizes.min()), per)
-    columns = []  # for each class a list: its part of every batch
+    columns = []    # for each class a list: its part of every batch
     for c in classes:
         shuffled = rng.permutation(np.flatnonzero(y == c))
         parts = []
         for start in range(0, full, window):
-            part = shuffled[start * per : min(start + window, full) * per]
+            part = shuffled[start * per:min(start + window, full) * per]
             parts += list(part[np.argsort(lengths[part], kind="stable")].reshape(-1, per))
-        columns.append(parts + [shuffled[full * per : full * per + rest]] * (rest >= 2))
+        columns.append(parts + [shuffled[full * per:full * per + rest]] * (rest >= 2))
     batches = list(zip(*columns))
     order = rng.permutation(len(batches))
     # shuffled, because train.share() leaves out the last texts of a class: not always the longest
@@ -933,8 +951,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def pick_device(name=None):
-    """The device of this name; without a name a GPU, or the CPU where there is none. Raises
-    InputError for a device that this machine does not have."""
+    """The device of this name; without a name a GPU, or the CPU where there is none."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
@@ -962,19 +979,20 @@ def model_folder(name):
 
     A cached model is used as it is, without asking the hub. Raises InputError where there is none.
     """
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
+    if folder.is_dir():
+        return folder
     if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise InputError(f"model {name}: no such folder")
     # the files at the top of the repository, not those of other formats
     files = dict(allow_patterns=["*.json", "*.txt", "*.safetensors"], ignore_patterns=["*/*"])
-    for local in (True, False):             # the cache first
+    for local in (True, False):     # the cache first
         try:
             folder = Path(huggingface_hub.snapshot_download(name, local_files_only=local, **files))
             tokenizer = [*folder.glob("*vocab*"), *folder.glob("tokenizer.json")]
             if not local or (tokenizer and list(folder.glob("*.safetensors"))):
                 return folder
-        except Exception as error:          # not cached; or the network, which fails in many ways
+        except Exception as error:      # not cached; or the network, which fails in many ways
             problem = first_line(error)
     raise InputError(f"model {name}: neither a folder nor a model on the hub ({problem})")
 
@@ -1009,7 +1027,7 @@ def load_encoder(name_or_dir, max_len=0, complete=False):
         encoder, info = AutoModel.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True, **load)
-    except Exception as error:              # the library raises many kinds for a damaged folder
+    except Exception as error:      # the library raises many kinds for a damaged folder
         raise InputError(f"{where}: cannot be loaded ({first_line(error)})") from None
     finally:
         if bars:
@@ -1047,6 +1065,7 @@ def load_encoder(name_or_dir, max_len=0, complete=False):
 
 
 # ---- The toy task: reviews from a grammar --------------------------------------------------------
+
 TOY_SIZES = {"train": 128, "dev": 80, "test": 200}
 # Aspects: what is reviewed | praise for it | blame for it, each a concept of four synonyms
 TOY_ASPECTS = [[concept.split() for concept in aspect.split("|")] for aspect in """
@@ -1082,8 +1101,8 @@ TOY_OTHERS = {slot: [concept.split() for concept in concepts.split("|")] for slo
 }.items()}
 TOY_CLAUSES = ["the {noun} was {adverb} {adjective}", "{adverb} {adjective} {noun}"]
 TOY_OPINION = "{people} {verb} the {description} {noun}"
-TOY_SEEN = 5  # the labelled texts speak of the first five aspects only
-TOY_DRAW = 1  # one of three draws of the texts, chosen, like the grammar, to show the mechanism
+TOY_SEEN = 5    # the labelled texts speak of the first five aspects only
+TOY_DRAW = 1    # one of three draws of the texts, chosen, like the grammar, to show the mechanism
 
 
 def toy_review(rng, y, lean=0.0, labelled=False):
@@ -1099,8 +1118,8 @@ def toy_review(rng, y, lean=0.0, labelled=False):
 
     def clause(template):
         noun, praise, blame = TOY_ASPECTS[rng.randrange(TOY_SEEN if labelled else len(TOY_ASPECTS))]
-        verbs = rng.choice(TOY_OTHERS["love" if y else "hate"][: 1 if labelled else None])
-        known = 2 if labelled else 4  # of the four words of a concept
+        verbs = rng.choice(TOY_OTHERS["love" if y else "hate"][:1 if labelled else None])
+        known = 2 if labelled else 4    # of the four words of a concept
         fill = {"adjective": rng.choice((praise if y else blame)[:known]),
                 "verb": rng.choice(verbs[:known])}
         for slot in ("adverb", "people", "description", "opener"):
@@ -1126,9 +1145,12 @@ def toy_neighbors():
 
 
 def toy_splits(sizes, split_seed):
-    """{"train", "dev", "test": [Example, ..]}. Train and dev are labelled texts and lean (0.8, see
-    toy_review); test has all aspects and sentiment words and leans a little less (0.75).
-    sizes: {split: n}, n rounded down to an even number; None is TOY_SIZES's."""
+    """{"train", "dev", "test": [Example, ..]}.
+
+    Train and dev are labelled texts and lean (0.8, see toy_review); test has all aspects and
+    sentiment words and leans a little less (0.75). sizes: {split: n}, n rounded down to an even
+    number; None is TOY_SIZES's.
+    """
     splits = {}
     for split, lean in (("train", 0.8), ("dev", 0.8), ("test", 0.75)):
         rng = random.Random(f"toy {split} {TOY_DRAW + split_seed}")
@@ -1163,7 +1185,7 @@ def number(kind, low, high=math.inf, above=False):
 def open_task(s, data_dir=None):
     """The Task of a run's settings, from data_dir or where the run found it."""
     return load_task(s.task, data_dir or s.data_dir, train_size=s.train_size,
-                          dev_size=s.dev_size, test_size=s.test_size, split_seed=s.split_seed)
+                     dev_size=s.dev_size, test_size=s.test_size, split_seed=s.split_seed)
 
 
 def open_table(s, task, source=None, data_dir=None):
@@ -1171,7 +1193,7 @@ def open_table(s, task, source=None, data_dir=None):
     source = source or s.neighbors
     if s.task == "toy" and not source:
         return toy_neighbors()
-    source = source or "vectors"        # what None was in older runs
+    source = source or "vectors"    # what None was in older runs
     # WordNet is asked for every word; vectors are compared for frequent words of the training texts
     examples = [*task.train, *task.dev, *task.test] if source == "wordnet" else task.train
     words = Counter(word for x in examples for text in x.words for word in text)
@@ -1188,7 +1210,7 @@ def command(main):
         transformers.utils.logging.disable_progress_bar()
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")        # print what the terminal can show
+                stream.reconfigure(errors="replace")    # print what the terminal can show
         if threading.current_thread() is threading.main_thread():       # others may not do this
             signal.signal(signal.SIGINT, signal.default_int_handler)
         argv = sys.argv[1:] if argv is None else argv

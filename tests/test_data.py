@@ -6,6 +6,7 @@
 - Substitution tables: neighbours are near, frequent and in order; function words have no synonyms.
 - Tokens: one per word whatever the text; a token is once among a position's candidates.
 - Batches: every class equally often, each example at most once.
+- Encoders: those of another architecture are refused. Command lines: what is wrong is one line.
 """
 import copy
 import errno
@@ -65,6 +66,7 @@ def full(*args, **kwargs):
 
 
 # ---- Files ---------------------------------------------------------------------------------------
+
 BODY = random.Random(0).randbytes(300_000)
 MD5 = "md5", hashlib.md5(BODY).hexdigest()
 
@@ -261,6 +263,7 @@ def test_missing_nltk_data_says_how_to_install(tmp_path, monkeypatch):
 
 
 # ---- Words ---------------------------------------------------------------------------------------
+
 ODD = ["", " ", "...", "😀 👩‍👩‍👧 مرحبا 你好 नमस्ते", "[SEP] [CLS] </s> <mask> <pad> [unk]",
        "a\tb\nc\r\n\x0bd\x85e\u2028f", "\x00\x01\x7f", "\ud800 \udfff", "İSTANBUL ŒUVRE ﬁ ΑΣ ΑΣ’s",
        "a" * 5000, "it's don't \"quoted\" ``", "<br /><br />"]
@@ -319,6 +322,8 @@ def test_tokenized_words_are_cached_and_a_damaged_cache_is_computed_anew(
 
 
 # ---- Tasks ---------------------------------------------------------------------------------------
+
+
 def write_tsv(folder, **splits):
     folder.mkdir(exist_ok=True)
     for split, rows in splits.items():
@@ -578,6 +583,7 @@ def test_wordnet_has_no_function_words_and_one_part_of_speech_a_word(nltk_data):
 
 
 # ---- Tokens --------------------------------------------------------------------------------------
+
 NEIGHBORS = {"good": ["great", "fine", "goods", "good", "great"], "a": ["an"], "n't": ["not"],
              "film": ["movie", "films", "cinematic", "cinema"], "ca": ["an"]}
 
@@ -677,7 +683,7 @@ def test_encoding_holds_the_candidates_of_the_last_text_only(tokenizer):
         expected = [[i] for i in vocabulary.input_ids(words)]
         last = vocabulary.visible(words)[-1]
         end = len(expected) - 1
-        expected[end - len(last) : end] = [list(vocabulary.candidates(word)) for word in last]
+        expected[end - len(last):end] = [list(vocabulary.candidates(word)) for word in last]
         expected += [[tokenizer.pad_token_id]] * (L - len(expected))
         assert [subs[b, l][mask[b, l]].tolist() for l in range(L)] == expected
         assert out["attention_mask"][b].tolist() == [1] * (end + 1) + [0] * (L - end - 1)
@@ -742,6 +748,8 @@ def test_the_share_of_pairs_without_room_for_the_second_text(tmp_path):
 
 
 # ---- Batches -------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("counts, batch_size", [
     ((10, 10), 4), ((7, 31), 4), ((100, 40, 63), 9), ((3, 90), 32)])
 def test_batches_hold_every_class_equally_often_and_no_example_twice(counts, batch_size):
