@@ -519,7 +519,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(task, bert, tmp_path, capsys, m
         else:
             path.write_bytes(content[:len(content) // 2])
         error = stopped(capsys, [*arguments, "--resume"], 2)
-        assert "checkpoint.safetensors: " in error and error.endswith("or damaged")
+        assert "checkpoint.safetensors: " in error and "damaged" in error
 
 
 def test_a_folder_that_holds_a_run_is_not_touched(task, bert, tmp_path, capsys):
