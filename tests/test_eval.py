@@ -682,6 +682,14 @@ def test_neighbors_replace_the_runs_own_but_not_those_of_pwws_wordnet(run, tmp_p
         assert mine and all(b in table[a] for a, b in mine)
 
 
+def test_a_table_is_looked_for_in_data_dir(run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "other.json").write_text('{"movie": ["story"], "film": ["story"]}')
+    evaluate(run, "--attacks", "hull", "--neighbors", "other.json", "--data-dir", tmp_path / "mine")
+    used = swaps(run, "hull")
+    assert used and all(b == "story" for _, b in used)
+
+
 def score_file(examples, score):
     """A score file of some examples' last texts. score: callable, candidate -> log p."""
     rows = []
@@ -817,6 +825,17 @@ def test_accuracy_is_drawn_over_alpha_and_over_beta(runs, draw):
     assert all(np.allclose(curves(trade_off)[name], expected[name]) for name in expected)
     assert np.allclose(bar_of(trade_off, "adv", 0), eval.wilson(8, 16))
     assert [text.get_text() for text in trade_off.texts] == ["1", "5"] * 3
+
+
+def test_a_point_is_the_runs_with_one_value(monkeypatch):
+    """Their mean, and how far the lowest and the highest are from it; also without matplotlib."""
+    runs = [SimpleNamespace(run=SimpleNamespace(beta=beta), scores={"clean": x, "hull": x / 2}, n=9)
+            for beta, x in [(4.0, 0.5), (1.0, 0.9), (4.0, 0.7), (2.0, 0.3), (4.0, 0.9), (2.0, 0.5)]]
+    values, (clean, hull) = eval.points_over(runs, "beta", ["clean", "hull"])
+    assert values == [1, 2, 4]
+    low, high = eval.wilson(0.9 * 9, 9)                         # of a single run: its interval
+    expected = [[0.9, 0.9 - low, high - 0.9], [0.4, 0.1, 0.1], [0.7, 0.2, 0.2]]
+    assert np.allclose(clean, expected) and np.allclose(hull[1:], np.array(expected[1:]) / 2)
 
 
 def test_runs_that_were_attacked_differently_are_not_drawn_together(runs, tmp_path, capsys):

@@ -286,6 +286,8 @@ BAD_EVAL = [
      "--plot-attack", "pwws"], "on test was without pwws"),
     ({CONFIG: changed(labels=["neg", "pos", "so"])}, [], f"{MODEL}: of another run, or damaged"),
     ({MODEL: model_with(lambda x: x.pop("head.0.bias"))}, [], f"{MODEL}: of another run, or dam"),
+    ({MODEL: model_with(lambda x: x.pop("g.0.0.weight"))}, [], "damaged: it lacks g.0.0.weight"),
+    ({MODEL: model_with(lambda x: x.pop("h.1.2.bias"))}, [], "damaged: it lacks h.1.2.bias"),
     ({MODEL: model_with(lambda x: x["head.0.bias"].log_())}, [], f"{RUN}: its weights are not fin"),
     ({MODEL: lambda content: content[:9000]}, [], f"{MODEL}: {data.NOT_OURS}"),
     ({f"{RUN}/metrics.json": None}, [], f"{RUN}: the run is not finished; train.py --resume goes"),

@@ -5,6 +5,7 @@ on pairs, two classes and three, and leaves a run that loads again to the same p
 that was stopped ends like the one that was not, bit for bit. The epoch is chosen on dev. What was
 forgotten is measured on held-out texts. A step that is not finite changes no weight.
 """
+import inspect
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+import attacks
 import data
 import eval
 import rift
@@ -258,6 +260,17 @@ def test_the_defaults_are_the_papers(task, own):
     assert s["neighbors"] == "published"
     s = eval.parse(["runs"])
     assert (s.num_examples, s.population, s.generations) == (300, 60, 40)
+    in_functions = {
+        attacks.genetic: dict(population=60, generations=40), attacks.pwws: dict(unknown="NULL"),
+        attacks.lm_constraint: dict(threshold=-5, radius=6),
+        attacks.scores_constraint: dict(threshold=-5),
+        rift.adversary: dict(steps=10, lr=1, weight_decay=2e-5, sparsity=15),
+        rift.f_c: dict(tau=0.2), rift.L_info: dict(tau=0.2), rift.RIFT.forward: dict(tau=0.2),
+        data.Vocabulary.__init__: dict(unknown="piece", max_candidates=10),
+        data.vector_neighbors: dict(k=8, max_sq_dist=0.5, vocabulary=50_000, skip=27)}
+    for function, numbers in in_functions.items():
+        defaults = inspect.signature(function).parameters
+        assert {name: defaults[name].default for name in numbers} == numbers
 
 
 @pytest.mark.parametrize("epochs, schedule", [
