@@ -473,7 +473,7 @@ def choose(splits, labels, sizes, split_seed, where):
         fewest, label = min(zip(map(len, kept), labels))
         if split == "train" and fewest < 2:
             raise InputError(f"{where}: class {label!r} has {fewest} training examples (without "
-                             f"those of dev), wanted 2")
+                             "those of dev), wanted 2")
         kept = list(itertools.chain(*kept))
         chosen[split] = [kept[i] for i in rngs[split].permutation(len(kept))]
     return chosen
@@ -536,7 +536,7 @@ def read_imdb(path):
     counts = [len(examples) for examples in splits.values()]
     if counts != [25_000, 25_000]:
         print(f"{path}: holds {counts[0]:,} reviews for training and {counts[1]:,} for test, IMDB "
-              f"has 25,000 of both: was it unpacked only partly?", file=sys.stderr)
+              "has 25,000 of both: was it unpacked only partly?", file=sys.stderr)
     return labels, splits
 
 
@@ -560,7 +560,7 @@ def read_snli(path):
                     raise ValueError
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise InputError(f"{where}, line {number}: {line[:120]!r}, wanted JSON with the "
-                                 f"strings sentence1, sentence2 and gold_label "
+                                 "strings sentence1, sentence2 and gold_label "
                                  f"({', '.join(labels)} or -)") from None
             if label != "-":
                 pairs.append((texts, labels.index(label)))
@@ -579,7 +579,7 @@ def read_folder(path):
     """
     if not path.is_dir():
         raise InputError(f"{path.absolute()}: no such folder; wanted one with train.tsv and "
-                         f"test.tsv, or the name of a public task, imdb, snli or toy")
+                         "test.tsv, or the name of a public task, imdb, snli or toy")
     headers, labels, splits = ["label\ttext", "label\ttext\ttext2"], None, {}
     spelling = {}   # label, in lower case or as a number -> as it was written first, spaces and all
     for split in ("train", "dev", "test") if (path / "dev.tsv").exists() else ("train", "test"):
@@ -588,7 +588,7 @@ def read_folder(path):
         if header not in headers or not lines:
             wanted = " or ".join(map(repr, headers))
             raise InputError(f"{where}, line 1: {header[:80]!r}, wanted the header {wanted}, then "
-                             f"examples")
+                             "examples")
         headers = [header]      # test.tsv and dev.tsv have the columns of train.tsv
         rows = [line.split("\t") for line in lines]
         labels = labels or sorted({row[0].strip() for row in rows})
@@ -600,13 +600,13 @@ def read_folder(path):
             for field in row:
                 if field[:1] == field[-1:] == '"' and '""' in field[1:-1]:
                     raise InputError(f"{at}: {field[:80]!r} is quoted, wanted the text as it is; "
-                                     f"write the file with quoting=csv.QUOTE_NONE")
+                                     "write the file with quoting=csv.QUOTE_NONE")
             with suppress(ValueError):
                 label = float(label)    # so that "1" and "1.0" are compared as one label
             first = spelling.setdefault(str(label).lower(), row[0])
             if row[0] != first:
                 raise InputError(f"{at}: label {row[0]!r} is {first!r} further up: wanted one "
-                                 f"spelling for one class")
+                                 "spelling for one class")
             if row[0].strip() not in labels:
                 raise InputError(f"{at}: label {row[0]!r} does not occur in train.tsv")
         if len(labels) < 2:
@@ -647,7 +647,7 @@ def find_neighbors(source="published", data_dir=None):
     path = [*find(data_dir, path), path][0]
     if path.suffix not in (".json", ".txt", ".zip"):
         raise InputError(f"{path}: wanted published, vectors, wordnet, a neighbour table .json, or "
-                         f"a vector file .txt or .zip")
+                         "a vector file .txt or .zip")
     with reading(path):
         path.open("rb").close()
     return path
@@ -677,7 +677,7 @@ def read_neighbors(path):
         joined = " ".join(map(str, words)).encode("utf-8", "replace").decode()
         if joined.lower().split() != others:
             raise InputError(f"{path}: {word!r} maps to {str(others)[:200]}, wanted a list of "
-                             f"single lower-case words")
+                             "single lower-case words")
     # the published table also has keys that are not one word of a text: they would never match
     return {word: others for word, others in items if clean(word).lower().split() == [word]}
 
@@ -789,7 +789,7 @@ class Vocabulary:
         specials = [getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "pad", "unk")]
         if None in specials:
             raise InputError(f"tokenizer {tokenizer.name_or_path!r} lacks one of the tokens cls, "
-                             f"sep, pad and unk")
+                             "sep, pad and unk")
         self.cls, self.sep, self.pad, self.unk = specials
         added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special = (added | set(tokenizer.all_special_ids)) - {self.unk}
@@ -929,7 +929,7 @@ def balanced_batches(y, lengths, batch_size, rng, window=50):
     per = batch_size // max(len(classes), 1)    # of each class in a batch
     if len(classes) < 2 or min(sizes) < 2 or per < 2:
         raise InputError(f"batches of {batch_size} from classes of {sizes.tolist()} examples: "
-                         f"wanted at least 2 classes and 2 examples of each in a batch")
+                         "wanted at least 2 classes and 2 examples of each in a batch")
     full, rest = divmod(int(sizes.min()), per)
     columns = []    # for each class a list: its part of every batch
     for c in classes:

@@ -47,9 +47,9 @@ from data import InputError
 # What a run is made of, by the fingerprints in its config.json, and the settings that name where
 # each comes from. Two paths with the same content make the same run.
 SOURCES = {"data": "task", "encoder": "model", "neighbors": "neighbors"}
-# Settings that do not change what a run is.
+# Settings that do not change the result.
 INCIDENTAL = (*SOURCES.values(), "data_dir", "device", "eval_batch_size")
-# What config.json has to hold, apart from what is wrong only where it is used.
+# The settings that have to be in a config.json, and their types.
 SETTINGS = dict(task=str, method=str, seed=int, max_len=int, pooling=str, unknown_words=str,
                 candidates=int, precision=str, adv_steps=int, adv_lr=float, sparsity=float,
                 adv_weight_decay=float, alpha=float, beta=float, split_seed=int)
@@ -352,7 +352,7 @@ def make_plan(s, args):
         raise InputError(f"the score file knows no {args.split} text; --lm-constraint none attacks "
                          "without it")
     if len(chosen) < args.num_examples:
-        print(f"There are only {len(chosen):,} such {args.split} texts.")
+        print(f"There are only {len(chosen):,} {args.split} texts to choose from.")
     settings = {"split": args.split, "seed": args.seed, "data": task.fingerprint,
                 "drawn_from": drawn_from}
     return Plan(task, chosen, settings, wordnet, allowed)
@@ -381,7 +381,7 @@ def run_attack(name, victim, table, plan, texts, pending, s, args):
     table: the attack's substitution table; texts: {index: text} of the chosen examples; pending:
     those of these indices that are to be attacked; s: the run's settings.
     """
-    if name == "hull":      # re-run all, so that the batches are always the same
+    if name == "hull":      # all again, so that an attack that goes on has the same batches
         chosen = list(plan.chosen.values())
         predictions, found, _ = hull_attack(victim, chosen, seed=args.seed, bar=name,
                                             **search_settings(s))
@@ -470,23 +470,23 @@ def evaluate(folder, plan, args):
         name = line.get("attack")
         if name not in done or line.get("made_with") != marks[name]:
             others.append(line)
-        elif not (args.overwrite and name in args.attacks):
+        elif not (args.overwrite and name in args.attacks and line["index"] in texts):
             done[name][line["index"]] = line
 
     def survived(name):                                                         # (N,)
-        # by the last prediction: in bf16 a text right by a hair may be wrong in another batch
+        # by the last prediction: in bf16 a text that is barely right may be wrong in another batch
         lines = done[name]
         kept = {i for i in attacked if lines[i]["prediction"] == lines[i]["label"]}
         return np.array([i in kept for i in texts])
 
-    write_lines(lines_path, others, done)   # without a line that was cut off, and see keep()
+    write_lines(lines_path, others, done)   # a new file: an older command notices, see keep()
     for name in args.attacks:
         pending = {i: None for i in attacked if i not in done[name]}
         if pending:
             results = run_attack(name, victim, tables[name], plan, texts, pending, s, args)
             keep(results, marks[name], done[name], lines_path)
             write_lines(lines_path, others, done)
-        if not sys.stderr.isatty():
+        if not sys.stderr.isatty():                     # a terminal has shown the bar instead
             print(f"{folder}: {name} {survived(name).mean():.3f} (N {len(texts)})", file=sys.stderr)
 
     robust = {"clean": predictions == labels}
@@ -1003,7 +1003,7 @@ def parse(argv):
     flag("--precision", choices=("auto", "fp32", "bf16"),
          help="number format of the encoder; None: the run's")
     flag("--overwrite", action="store_true",
-         help="attack texts anew that these attacks have attacked with the same settings")
+         help="forget the lines of these attacks and texts, and attack them anew")
     flag("--show", type=data.number(int, 0), default=2, metavar="N",
          help="adversarial texts printed for each run and attack")
     flag("--csv", type=Path, metavar="FILE", help="write the original and adversarial texts, all N")

@@ -235,7 +235,7 @@ def search_hull(gain, predict, e, E, free, subs_mask, v, steps=10, lr=1.0, weigh
 
 def adversary(encoder, head, input_ids, attention_mask, subs, subs_mask, v, y=None, *,
               pooling="pooler", steps=10, lr=1.0, weight_decay=2e-5, sparsity=15.0):
-    """x^: the worst point of the hull, for training and for the quick robust accuracy.
+    """w of x^, the worst point of the hull, for training and for the quick robust accuracy.
 
     Without y, the self-supervised adversary of training: argmax KL( q(.|F_s(x)) || q(.|F_s(x')) ),
     which compares with the model's own prediction. With y (B,) int64: argmax -log q(y|F_s(x')).
@@ -437,7 +437,7 @@ class Outputs:
     """What the terms of the loss are made of, for one batch."""
     clean: torch.Tensor              # logits (B, C) of q(.|F_s(x))
     adversarial: torch.Tensor        # logits (B, C) of q(.|F_s(x^)); None without an adversary
-    S: torch.Tensor                  # (B, H), features F_s(x^); None without an adversary
+    S: torch.Tensor                  # (B, H), features F_s(x^), not of x; None without an adversary
     T: torch.Tensor                  # (B, H), features F_t(x), or None
     y: torch.Tensor                  # (B,) int64
     model: nn.Module                 # the RIFT
@@ -472,7 +472,10 @@ class RIFT(nn.Module):
         return self
 
     def adversary(self, input_ids, attention_mask, subs, subs_mask, v, y=None, **search):
-        """w (B, L, K) of x^: adversary() on this model; search: its steps, lr and so on."""
+        """w (B, L, K) of x^: adversary() on this model, without mixout, as it is without dropout.
+
+        search: its steps, lr, weight_decay and sparsity.
+        """
         with stand_in(self.encoder, weights_in(self.encoder, self.dtype)):
             return adversary(self.encoder, self.head, input_ids, attention_mask, subs, subs_mask,
                              v, y, pooling=self.pooling, **search)
@@ -487,10 +490,12 @@ class RIFT(nn.Module):
         embedding layer.
         """
         adversarial = S = None
-        with_mixout = self.training and self.p_mixout is not None
-        mixed = mixout(self.encoder, self.teacher, self.p_mixout) if with_mixout else {}
-        with stand_in(self.encoder, mixed), stand_in(self.encoder,
-                                                     weights_in(self.encoder, self.dtype)):
+        mixed = {}
+        if self.training and self.p_mixout is not None:     # one mask for x and x^
+            mixed = mixout(self.encoder, self.teacher, self.p_mixout)
+        with stand_in(self.encoder, mixed):
+            theta = weights_in(self.encoder, self.dtype)                # of the mixed weights
+        with stand_in(self.encoder, theta):
             if w is None:
                 e = embed(self.encoder, input_ids)                              # (B, L, H)
             else:

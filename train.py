@@ -4,7 +4,7 @@
     python train.py --task imdb                       the paper's setting
     torchrun --nproc-per-node 8 train.py --task imdb  the same on eight GPUs
 
-Algorithm 1 is train(). All that is random in a step follows from the seed and the step's number: a
+Algorithm 1 is the loop in train(), with algorithm_1() for one batch. All that is random in a step follows from the seed and the step's number: a
 run that was killed goes on from its last finished epoch, on a CPU to the same weights bit for bit
 (a GPU adds some numbers up in another order each time).
 """
@@ -41,7 +41,8 @@ import eval
 import rift
 from data import InputError
 
-# The paper's numbers where tasks differ, and the toy task's own. A folder of own data has imdb's.
+# The paper's numbers: what its tasks share, and what each has of its own. A folder of own data has
+# those of imdb, the toy task others.
 PAPER = dict(method=["rift"], model="bert-base-uncased", pooling="pooler", epochs=20, lr=2e-5,
              neighbors="published")
 TASKS = {
@@ -64,7 +65,7 @@ def algorithm_1(model, batch, y, T, s):
     w = None
     if rift.has_adversary(s.method):
         v = rift.noise(batch["subs"].shape, s.max_len).to(y.device)                 # (B, L, K)
-        w = model.adversary(**batch, v=v, **eval.search_settings(s))                # x^ = argmax KL
+        w = model.adversary(**batch, v=v, **eval.search_settings(s))        # of x^ = argmax KL
     outputs = model(**batch, y=y, w=w, T=T, tau=s.tau)                              # of x and x^
     terms = rift.objective(outputs, s.method, vars(s))                  # L_task + alpha * L_info
     terms["loss"].backward()
@@ -83,6 +84,8 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
     """
     rank, world = processes()
     device, adversarial = model.encoder.device, rift.has_adversary(s.method)
+    # the epoch is chosen on dev: by the first measure, of equals by the second
+    rule = ["dev_hull", "dev_clean"] if adversarial else ["dev_clean"]
     victim = eval.Victim(model, vocabulary, s.eval_batch_size)
     texts = [vocabulary.visible(x.words) for x in task.train]
     lengths = [sum(map(len, text)) for text in texts]
@@ -101,7 +104,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
             group["lr"] = s.lr * s.schedule[min(epoch, len(s.schedule)) - 1]
         rng = np.random.default_rng([s.seed, epoch])
         batches = data.balanced_batches(y, lengths, s.batch_size, rng)
-        # a last, smaller batch may be too small to share out
+        # a last, smaller batch may be too small to share out (if all are, share() says so)
         batches = [rows for rows in batches if len(rows) >= len(task.labels) * world] or batches
         start, sums = time.monotonic(), Counter()
         model.train()
@@ -129,11 +132,9 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
         line["seconds"] = round(time.monotonic() - start, 3)
         line |= measure(model, victim, task, s, T, T_dev)
         log.append(line)
-        # the epoch is chosen on dev: by hull accuracy, of equals by clean; of equals the later
-        rule = ["dev_hull", "dev_clean"] if adversarial else ["dev_clean"]
-        score = [line[measure] for measure in rule]
-        if best is None or score >= best["score"]:
-            best = {"epoch": epoch, "rule": rule, "score": score}
+        score = [line[key] for key in rule]
+        if best is None or score >= best["score"]:                          # of equals the later
+            best = {"epoch": epoch, "score": score}
         if rank == 0:
             check_ours(folder, ours)
             data.write_atomically(folder / "log.jsonl", "".join(json.dumps(x) + "\n" for x in log))
@@ -145,7 +146,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
 
     if rank == 0:
         model.load_state_dict(data.load_tensors(folder / "best.safetensors")[0], strict=False)
-        finish(model.eval(), victim, task, s, folder, best, ours)
+        finish(model.eval(), victim, task, s, folder, best | {"rule": rule}, ours)
 
 
 # ---- Its parts -----------------------------------------------------------------------------------
@@ -323,9 +324,8 @@ def open_folder(folder, config):
     """
     if (folder / "config.json").exists():
         s, before = eval.settings_of(folder, finished=False)
-        then, now = (settings | {"processes": processes} for settings, processes in (
-            (vars(s), before.get("processes")),
-            (config["settings"] | {"fingerprints": config["fingerprints"]}, config["processes"])))
+        then = vars(s) | {"processes": before.get("processes")}
+        now = config["settings"] | {key: config[key] for key in ("fingerprints", "processes")}
         for key in now:
             if key not in eval.INCIDENTAL and then.get(key) != now[key]:
                 raise InputError(f"{folder}: --resume with {key} {now[key]}, but the run was "
@@ -346,20 +346,22 @@ def open_folder(folder, config):
 
 
 def identity(folder):
-    """What tells this command's config.json in a folder from the one that another command writes
-    when it starts there; None without one."""
+    """(inode, time) of a folder's config.json, which change when another train.py starts there."""
     path = folder / "config.json"
     return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
 
 
 def check_ours(folder, ours):
-    """Raises InputError if another train.py has started in the folder since, before this one writes
-    anything between its files."""
+    """Raises InputError if another train.py has started in the folder since identity() was ours."""
     if identity(folder) != ours:
         raise InputError(f"{folder}: another train.py has started in it meanwhile; this one stops")
 
 
 # ---- Several processes ---------------------------------------------------------------------------
+# Every process draws the same batches and takes its share of each, has its own dropout and noise,
+# and computes its own x^. rift.info compares the texts of all; the gradients are averaged, so that
+# all take the same step. Each measures the whole of dev, which needs no message. The first one
+# reads the data before the others, writes all files and measures test.
 
 
 def processes():
@@ -407,21 +409,24 @@ def average(model, totals, world):
 # ---- One run: a method and a seed ----------------------------------------------------------------
 
 
-def run(task, table, s, folder, known):
+def digest_of(encoder):
+    """The fingerprint of an encoder's weights."""
+    return data.fingerprint(b"".join(p.detach().numpy().tobytes() for p in encoder.parameters()))
+
+
+def run(task, table, fingerprints, s, folder, known):
     """Trains one method with one seed in its folder.
 
-    known: {fingerprint of the encoder: [T, T_dev]}, the teacher's features, shared by the runs of
-    a command; filled here. Raises InputError for settings that do not fit the model, the data, or a
-    run that is there.
+    fingerprints: of data, table and encoder; known: {digest of the encoder: [T, T_dev]}, the
+    teacher's features, shared by the runs of a command; filled here. Raises InputError for settings
+    that do not fit the model, the data, or a run that is there.
     """
     rank, world = processes()
-    torch.manual_seed(s.seed)                           # for the head and the projections
+    torch.manual_seed(s.seed)   # for the head, the projections, and a pooler that was not trained
     encoder, tokenizer = data.load_encoder(s.model)
-    digest = data.fingerprint(b"".join(p.detach().numpy().tobytes() for p in encoder.parameters()))
+    digest = digest_of(encoder)
     config = {"settings": vars(s), "labels": task.labels, "parts": len(task.train[0].words),
-              "fingerprints": {"data": task.fingerprint, "neighbors": data.fingerprint(table),
-                               "encoder": digest},
-              "processes": world,
+              "fingerprints": fingerprints, "processes": world,
               "versions": {"python": platform.python_version(), "torch": torch.__version__,
                            "transformers": transformers.__version__, "numpy": np.__version__}}
     with first_process_first():
@@ -631,7 +636,6 @@ def check_first(folders, s, resume, overwrite):
         data.check_writable(folder)
     if s.neighbors:
         data.find_neighbors(s.neighbors, s.data_dir)
-    data.load_encoder(s.model, s.max_len)
 
 
 def check(s, task, table, methods):
@@ -681,10 +685,14 @@ def main(argv):
         if s.precision == "bf16" and data.bf16_is_slow(data.pick_device(s.device)):
             print("--precision bf16: this processor has no bf16 arithmetic, fp32 is several times "
                   "faster", file=sys.stderr)
+    torch.manual_seed(0)        # a pooler that was never trained: drawn, here alike for all seeds
+    encoder, _ = data.load_encoder(s.model, s.max_len)
     with first_process_first():                         # it fills the cache of texts
         task = data.open_task(s)
         table = data.open_table(s, task)
     check(s, task, table, args.method)
+    fingerprints = {"data": task.fingerprint, "neighbors": data.fingerprint(table),
+                    "encoder": digest_of(encoder)}
     if args.overwrite and rank == 0:    # all now: after a stop --resume must find no old run
         for folder in folders.values():
             data.remove(folder / "config.json")         # a folder without it holds no run
@@ -693,7 +701,7 @@ def main(argv):
         begun.append(folder)
         settings = SimpleNamespace(**vars(s) | {"method": method, "seed": seed})
         try:
-            run(task, table, settings, folder, known)
+            run(task, table, fingerprints, settings, folder, known)
         except KeyboardInterrupt:
             goes_on = len(begun) > 1 or (folder / "checkpoint.safetensors").exists()
             flag = "--resume in place of --overwrite" if "--overwrite" in argv else "--resume"

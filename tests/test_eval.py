@@ -711,7 +711,7 @@ def test_scores_draw_the_texts_and_filter_the_synonyms(run, tmp_path, capsys):
     (files / "snli_all.txt").write_text("0\tA man\n")            # the archive has a file a task
     evaluate(run, *BOTH, "--lm-constraint", "scores", "--data-dir", tmp_path)
     out = capsys.readouterr().out
-    assert "knows 11 of the 16 test texts" in out and "There are only 11 such" in out
+    assert "knows 11 of the 16 test texts" in out and "There are only 11 test texts" in out
     assert "lm constraint scores" in out
     assert {line["index"] for line in lines_of(run)} <= set(range(11))
     used, unlikely = swaps(run, "genetic"), {("great", "good"), ("great", "nice")}

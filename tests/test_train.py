@@ -580,6 +580,20 @@ def test_a_run_is_told_by_what_it_is_made_of_not_by_paths(task, bert, tmp_path, 
     assert "runs/standard: --resume with fingerprints " in stopped(capsys, moved, 2)
 
 
+def test_seeds_are_one_method_also_where_the_pooler_was_never_trained(task, tmp_path):
+    """It is drawn for each seed, as RoBERTa's is, but is no part of the encoder's fingerprint."""
+    model = save_model(tmp_path / "roberta", "roberta")
+    tensors = safetensors.torch.load_file(model / "model.safetensors")
+    kept = {name: p for name, p in tensors.items() if not name.startswith("pooler.")}
+    safetensors.torch.save_file(kept, model / "model.safetensors", {"format": "pt"})
+    train.main(command(task, model, tmp_path / "runs", "--method", "standard", "--epochs", 1,
+                       "--lr", 1e-30, "--seeds", 0, 1))
+    a, b = (tmp_path / "runs" / f"standard-{seed}" for seed in (0, 1))
+    assert not same_weights(a, b, "encoder.pooler") and same_weights(a, b, "encoder.encoder", 1e-6)
+    runs = [SimpleNamespace(run=eval.settings_of(folder)[0]) for folder in (a, b)]
+    assert eval.by_settings(runs) == {"standard": runs}
+
+
 def test_an_older_command_notices_that_another_one_has_taken_its_folder(task, bert, tmp_path,
                                                                         capsys, monkeypatch):
     """It stops with one line, before it writes anything between the other one's files."""
