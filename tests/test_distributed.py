@@ -126,8 +126,9 @@ def test_how_processes_start(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", own_gpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setenv("LOCAL_RANK", "3")
+    for name, value in dict(WORLD_SIZE="8", RANK="3", LOCAL_RANK="3", MASTER_ADDR="localhost",
+                            MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
     for device, backend in (("cpu", "gloo"), ("cuda", "nccl")):
         monkeypatch.setattr(data, "pick_device", lambda name: torch.device(name))
         with pytest.raises(SystemExit):
