@@ -534,7 +534,7 @@ def operations(function, *args):
 def peak(case, precision):
     """Floating-point operations a second of a large matrix product, the best of five."""
     n = 8192 if case.device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=case.device, dtype=eval.DTYPES[precision])
+    a = torch.randn(n, n, device=case.device, dtype=data.DTYPES[precision])
     return 2 * n**3 / min(case.seconds(torch.mm, a, a)[0] for _ in range(5))
 
 

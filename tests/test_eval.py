@@ -862,6 +862,9 @@ def test_figures_show_attacks_and_of_dev_the_kept_epoch(run):
     evaluate(run, "--attacks", "pwws", "--num-examples", 5)
     shown, summary = eval.read_finished(run, "pwws", "test"), data.read_json(run / "eval.json")
     assert shown.scores["pwws"] == summary["pwws"] and shown.n == 5
+    other, = copies(run, lambda s: (0, 0), seed=[7])            # another seed of training
+    assert eval.read_finished(other, "pwws", "test").how == shown.how
+    assert shown.how["seed"] == 0 and shown.how["num_examples"] == 5
 
 
 # ---- Encoders ------------------------------------------------------------------------------------
