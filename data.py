@@ -974,6 +974,13 @@ def bf16_is_slow(device):
     return device.type == "cpu" and known != [] and not any(known)
 
 
+def warn_of_slow_bf16(precisions, device):
+    """Prints a line if bf16 is among the precisions of a command and the device is slow at it."""
+    if "bf16" in precisions and bf16_is_slow(device):
+        print("--precision bf16: this processor has no bf16 arithmetic, fp32 is several times "
+              "faster", file=sys.stderr)
+
+
 def model_folder(name):
     """The folder of a model: the one named, else the hub's in the local cache, else downloaded.
 

@@ -1050,6 +1050,8 @@ def main(argv):
     """eval.py's command line."""
     args = parse(argv)
     check_first(args)
+    precisions = {args.precision or settings_of(folder)[0].precision for folder in args.runs}
+    data.warn_of_slow_bf16(precisions, data.pick_device(args.device))
     if args.attacks or not args.plot:
         plans, groups = {}, {}
         try:

@@ -227,7 +227,7 @@ def search_hull(gain, predict, e, E, free, subs_mask, v, steps=10, lr=1.0, weigh
         with torch.enable_grad():                       # also where the caller has switched it off
             w = weights(v_free, mask)
             value = gain(predict(mix(e, E, free, w))) - sparsity * entropy(w).sum() / (300 * 128)
-        v_free.grad = torch.autograd.grad(-value, v_free)[0]
+            v_free.grad = torch.autograd.grad(-value, v_free)[0]
         adam.step()
     v[free] = v_free.detach()
     return weights(v, subs_mask)

@@ -4,9 +4,10 @@
     python train.py --task imdb                       the paper's setting
     torchrun --nproc-per-node 8 train.py --task imdb  the same on eight GPUs
 
-Algorithm 1 is the loop in train(), with algorithm_1() for one batch. All that is random in a step follows from the seed and the step's number: a
-run that was killed goes on from its last finished epoch, on a CPU to the same weights bit for bit
-(a GPU adds some numbers up in another order each time).
+Algorithm 1 is the loop in train(), with algorithm_1() for one batch. All that is random in a step
+follows from the seed and the step's number: a run that was killed goes on from its last finished
+epoch, on a CPU to the same weights bit for bit (a GPU adds some numbers up in another order each
+time).
 """
 import signal
 
@@ -682,9 +683,7 @@ def main(argv):
                for method in args.method for seed in args.seeds}
     if rank == 0:
         check_first(folders.values(), s, args.resume, args.overwrite)
-        if s.precision == "bf16" and data.bf16_is_slow(data.pick_device(s.device)):
-            print("--precision bf16: this processor has no bf16 arithmetic, fp32 is several times "
-                  "faster", file=sys.stderr)
+        data.warn_of_slow_bf16([s.precision], data.pick_device(s.device))
     torch.manual_seed(0)        # a pooler that was never trained: drawn, here alike for all seeds
     encoder, _ = data.load_encoder(s.model, s.max_len)
     with first_process_first():                         # it fills the cache of texts

@@ -110,6 +110,11 @@ def test_what_features_cannot_do_is_refused(encoder):
     batch = example(encoder)
     with pytest.raises(ValueError, match="pooling is 'max'"):
         S_of(encoder, batch, pooling="max")
+    pooler, encoder.pooler = encoder.pooler, None
+    with pytest.raises(ValueError, match="pooling is 'pooler', but the encoder has none"):
+        S_of(encoder, batch)
+    S_of(encoder, batch, pooling="mean")
+    encoder.pooler = pooler
     encoder.gradient_checkpointing_enable()
     S_of(encoder, batch)                                            # without effect in eval mode
     with pytest.raises(ValueError, match="gradient checkpointing is on: .*disable"):
@@ -184,6 +189,32 @@ def test_the_adversary_climbs(encoder):
     assert torch.allclose(w_0, rift.weights(start(batch), batch["subs_mask"]))
     w = rift.adversary(encoder, head, **batch, v=start(batch), sparsity=0.0)
     assert kl(w) > 1.5 * kl(w_0)
+    with torch.no_grad():                                           # it has gradients of its own
+        assert torch.equal(w, rift.adversary(encoder, head, **batch, v=start(batch), sparsity=0.0))
+
+
+def test_a_model_applies_its_precision_and_mixout_itself(encoder):
+    """In the search and in evaluation only the precision, in training both."""
+    batch, y = example(encoder), torch.tensor([0, 0, 1, 1])
+    model = moved(rift.RIFT(encoder, 2, dtype=torch.bfloat16, p_mixout=0.7))
+    v = start(batch)
+    w = model.adversary(**batch, v=v, steps=2)
+    with rift.stand_in(encoder, rift.weights_in(encoder, torch.bfloat16)):
+        assert torch.equal(w, rift.adversary(encoder, model.head, **batch, v=v, steps=2))
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for mode in (True, False):
+        model.train(mode)
+        torch.manual_seed(0)
+        found = model(**batch, y=y, w=w).clean
+        torch.manual_seed(0)
+        theta = rift.mixout(encoder, model.teacher, 0.7) if mode else {}
+        with rift.stand_in(encoder, theta):
+            theta = rift.weights_in(encoder, torch.bfloat16)
+        with rift.stand_in(encoder, theta):
+            expected = model.head(S_of(encoder, batch))
+        assert torch.equal(found, expected)
 
 
 def test_with_a_label_the_adversary_moves_away_from_it(encoder):
