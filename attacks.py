@@ -239,7 +239,7 @@ def attack(victim, examples, method, synonyms, *, seed=0, batch_size=64, in_flig
                     done += 1
                     robust += result.correct and not result.success
                     substitutable += result.substitutable
-                    unseen += bool(example.rest and not example.words)
+                    unseen += not example.words
                     bar.update()
                     bar.set_postfix_str(f"robust {robust / done:.1%}")
                     yield result
@@ -348,6 +348,8 @@ def class_of(y, index, labels, C):
 
     y = plain(y)
     right, numbered = f"an integer from 0 to {C - 1}", True
+    if labels is None and isinstance(y, str):
+        right += " (an attribute `labels` of the victim gives its classes names)"
     if labels is not None:
         labels = [plain(label) for label in labels]
         if len(labels) != C:

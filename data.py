@@ -27,6 +27,7 @@ import tarfile
 import threading
 import time
 import uuid
+import warnings
 import zipfile
 import zlib
 from collections import Counter, namedtuple
@@ -469,7 +470,8 @@ def choose(splits, labels, sizes, split_seed, where):
     if "dev" not in pools:
         pools["train"], pools["dev"] = cut_dev(pools["train"], labels, sizes["dev"], where)
     for split, size in sizes.items():
-        kept = balanced(pools[split], labels, size, f"{where}: {split}")
+        rest = " without dev's part" if split == "train" and "dev" not in splits else ""
+        kept = balanced(pools[split], labels, size, f"{where}: {split}{rest}")
         fewest, label = min(zip(map(len, kept), labels))
         if split == "train" and fewest < 2:
             raise InputError(f"{where}: class {label!r} has {fewest} training examples (without "
@@ -1225,9 +1227,12 @@ def command(main):
             for text in (*argv, os.getcwd()):
                 # a byte that is not UTF-8 came as half a surrogate pair: no file could be written
                 if any("\ud800" <= character <= "\udfff" for character in text):
-                    raise InputError(f"{text!r}: not valid UTF-8, wanted words and a working "
+                    raise InputError(f"{text!r}: not valid UTF-8, wanted arguments and a working "
                                      "directory in UTF-8 (PYTHONUTF8=1 helps in a C locale)")
-            return main(argv)
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *where: print(
+                    f"{script}: warning: {message}", file=sys.stderr)
+                return main(argv)
         except (InputError, OSError, torch.OutOfMemoryError) as error:
             print(f"{script}: error: {error}", file=sys.stderr)
             raise SystemExit(2) from None

@@ -525,12 +525,13 @@ def write_lines(path, others, done):
 # ---- Tables --------------------------------------------------------------------------------------
 
 LEGEND = """
-N: texts, the same for every run. clean: the share of them that is classified right. Each attack:
+N: texts, the same for every run on a data set. clean: the share of them that is classified right. Each attack:
 the share that is right and stays right under the attack. Both with a 95% Wilson interval. hull: the
 search of training, but against the true label and rounded to words, a quick stand-in for the
 attacks. words: share of the words that successful attacks changed. queries: different texts that
 the attack asked about, on average (hull: forward passes). fixed: share of the attacked texts in
-which no word that the model sees has a synonym. stopped: share of all N texts that survived only
+which no word that the model sees has a synonym. unknown: the word that PWWS puts in place of each
+other to see how much it matters. stopped: share of all N texts that survived only
 because --max-queries ended the attack. The true robust accuracy is at most what survived, and if
 the attack is exhaustive, at least that minus what was stopped."""
 
@@ -681,16 +682,18 @@ def report(groups, args):
     print(LEGEND)
     note = "(95% bootstrap interval over texts and runs; *: over texts, one side is a single run)"
     for group in groups:
+        of = f", {group[0].run.task}" if len(groups) > 1 else ""
         methods = by_settings(group)
         first = next((name for name, runs in methods.items() if runs[0].run.method == "standard"),
                      next(iter(methods)))
         methods = {first: methods[first]} | methods                     # the reference comes first
         if len(methods) < len(group):
-            show("Mean and standard deviation over runs", seeds_table(methods, args.attacks))
+            show(f"Mean and standard deviation over runs{of}", seeds_table(methods, args.attacks))
         pairs = [(f"{b} - {a}", methods[b], methods[a])
                  for a, b in itertools.combinations(methods, 2)]
         if pairs:
-            show(f"Differences on the same texts {note}", differences_table(pairs, args.attacks))
+            show(f"Differences on the same texts{of} {note}",
+                 differences_table(pairs, args.attacks))
         for text in tradeoffs(group, args.attacks):
             print(text)
     for x in everything:
@@ -1058,8 +1061,11 @@ def main(argv):
             for folder in args.runs:
                 s, _ = settings_of(folder)
                 key = s.fingerprints["data"]
-                if args.task and s.task not in ("imdb", "snli", "toy"):
-                    s.task = args.task
+                if s.task not in ("imdb", "snli", "toy"):
+                    s.task = args.task or s.task
+                    if not Path(s.task).is_dir():
+                        raise InputError(f"{folder}: its data folder {s.task} is not there; --task "
+                                         "FOLDER says where it is now")
                 if key not in plans:
                     plans[key], groups[key] = make_plan(s, args), []
                 groups[key].append(evaluate(folder, plans[key], args))

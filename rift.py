@@ -376,12 +376,14 @@ def debiased_cka(S, T):
     with the unbiased HSIC_1 of Song et al. (2012): 0 on average for features that have nothing to
     do with each other, where the plain estimate is far above 0: about H / (N + H) for independent
     normal features. S, T: (N, H), N >= 4.
-    Returns a float: 1 for features equal up to rotation and scale.
+    Returns a float: 1 for features equal up to rotation and scale, 0 if one is the same everywhere.
     Raises ValueError for fewer than 4 texts.
     """
     N = len(S)
     if N < 4:
         raise ValueError(f"debiased CKA needs at least 4 texts, not {N}")
+    if any((X - X.mean(0)).norm() <= 1e-5 * X.norm() for X in (S, T)):
+        return 0.0                                      # what is left of it is rounding
     K, M = ((X @ X.T).fill_diagonal_(0) for X in (S.double(), T.double()))     # (N, N)
 
     def hsic(A, B):

@@ -326,11 +326,14 @@ def open_folder(folder, config):
     if (folder / "config.json").exists():
         s, before = eval.settings_of(folder, finished=False)
         then = vars(s) | {"processes": before.get("processes")}
-        now = config["settings"] | {key: config[key] for key in ("fingerprints", "processes")}
-        for key in now:
-            if key not in eval.INCIDENTAL and then.get(key) != now[key]:
-                raise InputError(f"{folder}: --resume with {key} {now[key]}, but the run was "
-                                 f"started with {then.get(key)}")
+        now = config["settings"] | {"processes": config["processes"]}
+        other = [key for key in now if key not in eval.INCIDENTAL and then.get(key) != now[key]]
+        other += [setting for part, setting in eval.SOURCES.items()
+                  if s.fingerprints[part] != config["fingerprints"][part]]
+        if other:
+            was = f"{then.get(other[0])}" + ", as it was then" * (other[0] in eval.INCIDENTAL)
+            raise InputError(f"{folder}: --resume with {other[0]} {now[other[0]]}, but the run was "
+                             f"started with {was}")
         config = before
     else:
         for name in FILES:

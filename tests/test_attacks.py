@@ -154,7 +154,7 @@ def test_a_misclassified_example_is_not_attacked():
 
 
 @pytest.mark.parametrize("text, visible, reason", [
-    ("", 9, "has a synonym.*lower-case"), ("w2 w2 w2", 9, "has a synonym"),
+    ("", 9, "is visible to the victim"), ("w2 w2 w2", 9, "has a synonym.*lower-case"),
     (("w3", "W3"), 9, "has a synonym"), (("w3", "w3"), 0, "is visible to the victim")])
 def test_nothing_to_substitute_survives_and_is_warned_of_once(text, visible, reason):
     victim = BagOfWords(0)

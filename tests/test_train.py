@@ -577,7 +577,7 @@ def test_a_run_is_told_by_what_it_is_made_of_not_by_paths(task, bert, tmp_path, 
     train.main(moved)
     assert "runs/standard: finished already" in capsys.readouterr().err
     (tmp_path / "moved" / task.name / "neighbors.json").write_text('{"good": ["great"]}')
-    assert "runs/standard: --resume with fingerprints " in stopped(capsys, moved, 2)
+    assert "runs/standard: --resume with neighbors " in stopped(capsys, moved, 2)
 
 
 def test_seeds_are_one_method_also_where_the_pooler_was_never_trained(task, tmp_path):
