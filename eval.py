@@ -525,13 +525,13 @@ def write_lines(path, others, done):
 # ---- Tables --------------------------------------------------------------------------------------
 
 LEGEND = """
-N: texts, the same for every run on a data set. clean: the share of them that is classified right. Each attack:
-the share that is right and stays right under the attack. Both with a 95% Wilson interval. hull: the
-search of training, but against the true label and rounded to words, a quick stand-in for the
-attacks. words: share of the words that successful attacks changed. queries: different texts that
+N: texts, the same for every run on a data set. clean: the share of them that is classified right.
+Each attack: the share that is right and stays right under the attack. Both with a 95% Wilson
+interval. hull: the search of training, but against the true label and rounded to words, a quick
+stand-in for the attacks. unknown: the word that PWWS puts in place of each other to see how much it
+matters. words: share of the words that successful attacks changed. queries: different texts that
 the attack asked about, on average (hull: forward passes). fixed: share of the attacked texts in
-which no word that the model sees has a synonym. unknown: the word that PWWS puts in place of each
-other to see how much it matters. stopped: share of all N texts that survived only
+which no word that the model sees has a synonym. stopped: share of all N texts that survived only
 because --max-queries ended the attack. The true robust accuracy is at most what survived, and if
 the attack is exhaustive, at least that minus what was stopped."""
 

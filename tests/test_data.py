@@ -424,7 +424,7 @@ def test_a_given_dev_split_pairs_bom_crlf_and_spaces_around_labels_are_read(tmp_
 
 @pytest.mark.parametrize("change, message", [
     (dict(train_size=1000),
-     "train without dev's part: 1000 examples would be 500 of each class, wanted 1 to 8 .class 'a'"),
+     "train without dev's part: 1000 examples would be 500 of each class, wanted 1 to 8 .class"),
     (dict(test_size=1), "test: 1 examples would be 0 of each class, wanted 1 to"),
     (dict(train_size=2), "has 1 training examples"), (dict(split_seed=-1), "split seed -1"),
     (dict(task="imbd"), "/imbd: no such folder; wanted"),
