@@ -409,7 +409,8 @@ def run_attack(name, victim, table, plan, texts, pending, s, args):
 def terms(folder, s, precision, tables, plan, args):
     """All that an outcome depends on: {"clean": what all attacks share, attack: its own}.
 
-    An earlier attack that eval.json names, on the same terms as today's, is among them.
+    An earlier attack that eval.json names and that is not asked for today is among them, with its
+    own settings then, if what all attacks share is equal.
     """
     paths = folder / "encoder" / "model.safetensors", folder / "model.safetensors"
     weights = data.fingerprint(b"".join(path.read_bytes() for path in paths))
@@ -440,7 +441,7 @@ def evaluate(folder, plan, args):
     Writes attacks.jsonl, eval.json and, for the test split, the accuracy under each attack but hull
     into metrics.json. A line of attacks.jsonl carries a fingerprint of the settings and weights
     that it was made with: where it is today's, the text is not attacked again; other lines are kept
-    and not used. eval.json also has an earlier attack on the same terms that covers all the texts.
+    and not used. eval.json also has an earlier attack, see terms(), that covers all the texts.
     """
     s, config = settings_of(folder)
     table = None
@@ -1006,7 +1007,7 @@ def parse(argv):
     flag("--precision", choices=("auto", "fp32", "bf16"),
          help="number format of the encoder; None: the run's")
     flag("--overwrite", action="store_true",
-         help="forget the lines of these attacks and texts, and attack them anew")
+         help="forget what these attacks found with these settings, and attack anew")
     flag("--show", type=data.number(int, 0), default=2, metavar="N",
          help="adversarial texts printed for each run and attack")
     flag("--csv", type=Path, metavar="FILE", help="write the original and adversarial texts, all N")

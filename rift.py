@@ -474,7 +474,7 @@ class RIFT(nn.Module):
         return self
 
     def adversary(self, input_ids, attention_mask, subs, subs_mask, v, y=None, **search):
-        """w (B, L, K) of x^: adversary() on this model, without mixout, as it is without dropout.
+        """w (B, L, K) of x^: adversary() on this model, with neither mixout nor dropout.
 
         search: its steps, lr, weight_decay and sparsity.
         """
@@ -496,7 +496,7 @@ class RIFT(nn.Module):
         if self.training and self.p_mixout is not None:     # one mask for x and x^
             mixed = mixout(self.encoder, self.teacher, self.p_mixout)
         with stand_in(self.encoder, mixed):
-            theta = weights_in(self.encoder, self.dtype)                # of the mixed weights
+            theta = weights_in(self.encoder, self.dtype)    # mixed or not, now in the precision
         with stand_in(self.encoder, theta):
             if w is None:
                 e = embed(self.encoder, input_ids)                              # (B, L, H)
@@ -542,7 +542,7 @@ METHODS = {
     "standard": {ce: 1},
     "adv": {ce: 1, kl: "beta"},                             # L_task
     "adv-ptwd": {ce: 1, kl: "beta", ptwd: "ptwd"},
-    "adv-mixout": {ce: 1, kl: "beta"},                      # its encoder computes with mixout()
+    "adv-mixout": {ce: 1, kl: "beta"},                      # with p_mixout, set in train.run
     "rift-marginal": {ce: 1, kl: "beta", info: "alpha"},    # one pair of projections: I(S;T)
     "rift": {ce: 1, kl: "beta", info: "alpha"},             # L_task + alpha * L_info
 }

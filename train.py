@@ -2,7 +2,7 @@
 
     python train.py                                   the embedded toy task: train, attack, compare
     python train.py --task imdb                       the paper's setting
-    torchrun --nproc-per-node 8 train.py --task imdb  the same on eight GPUs
+    torchrun --nproc-per-node 8 train.py --task imdb  on eight GPUs, see "Several processes"
 
 Algorithm 1 is the loop in train(), with algorithm_1() for one batch. All that is random in a step
 follows from the seed and the step's number: a run that was killed goes on from its last finished
@@ -67,7 +67,7 @@ def algorithm_1(model, batch, y, T, s):
     if rift.has_adversary(s.method):
         v = rift.noise(batch["subs"].shape, s.max_len).to(y.device)                 # (B, L, K)
         w = model.adversary(**batch, v=v, **eval.search_settings(s))        # of x^ = argmax KL
-    outputs = model(**batch, y=y, w=w, T=T, tau=s.tau)                              # of x and x^
+    outputs = model(**batch, y=y, w=w, T=T, tau=s.tau)                      # of x, and of x^ from w
     terms = rift.objective(outputs, s.method, vars(s))                  # L_task + alpha * L_info
     terms["loss"].backward()
     return terms
@@ -118,7 +118,8 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
             totals = Counter()
             for part in slices(model, y[rows], s.micro_batch_size):
                 chosen = rows[part]
-                batch = vocabulary.encode([texts[i] for i in chosen], adversarial, device)
+                batch = vocabulary.encode([texts[i] for i in chosen], hull=adversarial,
+                                          device=device)
                 terms = algorithm_1(model, batch, y[chosen].to(device), T[chosen], s)
                 totals.update({name: value.item() * len(part) / len(rows)
                                for name, value in terms.items()})
