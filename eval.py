@@ -1063,7 +1063,7 @@ def main(argv):
                 s, _ = settings_of(folder)
                 key = s.fingerprints["data"]
                 if s.task not in ("imdb", "snli", "toy"):
-                    s.task = args.task or s.task
+                    s.task = str(Path(args.task or s.task).absolute())  # a folder, also imdb
                     if not Path(s.task).is_dir():
                         raise InputError(f"{folder}: its data folder {s.task} is not there; --task "
                                          "FOLDER says where it is now")

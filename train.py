@@ -617,6 +617,9 @@ def parse(argv):
         raise InputError(f"--task {task}: no such folder, and not toy, imdb or snli")
     if task not in TASKS:                               # ./imdb is a folder, whatever its name
         args.task = str(Path(task).resolve())
+    elif Path(task).is_dir():
+        print(f"--task {task} is the public task; the folder here is --task ./{task}",
+              file=sys.stderr)
     if task == "toy" and args.model != "toy":
         raise InputError(f"--model {args.model}: the toy task has an encoder of its own")
     if args.resume and args.overwrite:

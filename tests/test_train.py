@@ -633,13 +633,14 @@ def test_parts_that_share_their_parameters_are_saved_and_loaded(task, bert, tmp_
 # ---- Bad input is refused early ------------------------------------------------------------------
 
 
-def test_a_path_is_a_folder_whatever_its_last_name(task, tmp_path, monkeypatch):
+def test_a_path_is_a_folder_whatever_its_last_name(task, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     task.rename(tmp_path / "imdb")
     for path in ("./imdb", "imdb/", str(tmp_path / "imdb")):
         args, s = train.parse(["--task", path])
         assert s.task == str(tmp_path / "imdb") and args.out == Path("runs/imdb")
     assert train.parse(["--task", "imdb"])[1].task == "imdb"
+    assert "the folder here is --task ./imdb" in capsys.readouterr().err
 
 
 def test_part_of_torchruns_environment_is_one_line(task, bert, tmp_path, capsys, monkeypatch):
