@@ -203,9 +203,10 @@ def attack(victim, examples, method, synonyms, *, seed=0, batch_size=64, in_flig
     Each example has its own random stream, seeded with (seed, index): if the victim's answer for a
     text does not depend on the batch, the result depends neither on batch_size nor on the other
     examples. Raises ValueError when batch_size, in_flight, max_words or max_queries is less than 1,
-    an example is none, the victim's output is not a probability per class, of as many classes each
-    time and as it has labels, y is not one of them, a text does not get a list of synonyms for each
-    word, or the attack does not do what `pwws` does. Warns if no word of any text could change.
+    an item of `examples` is not (index, text, y), the victim's output is not a probability per
+    class, of as many classes each time and as it has labels, y is not one of them, a text does not
+    get a list of synonyms for each word, or the attack is not a generator that yields lists of
+    texts and returns one text of as many words. Warns if no word of any text could change.
     """
     limits = batch_size, in_flight, max_words, max_queries
     if any(limit is not None and limit < 1 for limit in limits):

@@ -4,7 +4,7 @@ A text is a tuple of lower-case words. Joined by single spaces it is a string, a
 split it at spaces. A substitution table maps a word to a list of words. `Vocabulary` gives each
 word one token and each position its candidate tokens (the adversary's hull). `balanced_batches`
 draws every class equally often, because L_info compares examples of one class. Then come encoders,
-a data set itself, the grammar of the toy task, and what both command lines use.
+the grammar that writes the texts of the toy task, and what both command lines use.
 
 For a file or a setting of the user that cannot be used, every function raises InputError.
 """
@@ -133,7 +133,7 @@ def json_object(text):
 
 
 def check_writable(folder):
-    """Raises InputError unless a file can be written in a folder; leaves nothing behind."""
+    """Raises InputError unless a file can be written in a folder; leaves no file behind."""
     new = not folder.exists()
     write_atomically(folder / ".writable", "")
     remove(folder if new else folder / ".writable")
@@ -907,12 +907,6 @@ def unknown_share(vocabulary, examples):
     return sum(n for word, n in words.items() if lost(word)) / max(words.total(), 1)
 
 
-def no_room_share(vocabulary, examples):
-    """The share of pairs whose premise fills max_len: no word of the second text is visible."""
-    unseen = [x for x in examples if x.words[-1] and not vocabulary.visible(x.words)[-1]]
-    return len(unseen) / max(len(examples), 1)
-
-
 # ---- Batches -------------------------------------------------------------------------------------
 
 
@@ -970,15 +964,11 @@ def pick_precision(name, device):
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
-def bf16_is_slow(device):
-    """True on a CPU without instructions for bf16; False also where that is unknown."""
-    known = [there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name]
-    return device.type == "cpu" and known != [] and not any(known)
-
-
 def warn_of_slow_bf16(precisions, device):
-    """Prints a line if bf16 is among the precisions of a command and the device is slow at it."""
-    if "bf16" in precisions and bf16_is_slow(device):
+    """Prints a line if bf16 is among a command's precisions on a CPU that is known to be slow at it
+    because it has no instructions for it."""
+    known = [there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name]
+    if "bf16" in precisions and device.type == "cpu" and known and not any(known):
         print("--precision bf16: this processor has no bf16 arithmetic, fp32 is several times "
               "faster", file=sys.stderr)
 
@@ -1202,7 +1192,6 @@ def open_table(s, task, source=None, data_dir=None):
     source = source or s.neighbors
     if s.task == "toy" and not source:
         return toy_neighbors()
-    source = source or "vectors"    # what None was in older runs
     # WordNet is asked for every word; vectors are compared for frequent words of the training texts
     examples = [*task.train, *task.dev, *task.test] if source == "wordnet" else task.train
     words = Counter(word for x in examples for text in x.words for word in text)

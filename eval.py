@@ -9,8 +9,8 @@ In Python, a finished run is a function from texts to class probabilities:
     victim = load_run("runs/imdb/rift")
     victim(["a great film"])                        # (1, C)
 
-In this file: loading encoders and finished runs; accuracy, clean and on the hull; attacking runs
-and keeping what is finished; the tables; the figures.
+In this file: loading finished runs; accuracy, clean and on the hull; attacking runs and keeping
+what is finished; the tables; the figures.
 """
 import signal
 
@@ -49,10 +49,6 @@ from data import InputError
 SOURCES = {"data": "task", "encoder": "model", "neighbors": "neighbors"}
 # Settings that do not change the result.
 INCIDENTAL = (*SOURCES.values(), "data_dir", "device", "eval_batch_size")
-# The settings that have to be in a config.json, and their types.
-SETTINGS = dict(task=str, method=str, seed=int, max_len=int, pooling=str, unknown_words=str,
-                candidates=int, precision=str, adv_steps=int, adv_lr=float, sparsity=float,
-                adv_weight_decay=float, alpha=float, beta=float, split_seed=int)
 
 
 # ---- A trained model as a function ---------------------------------------------------------------
@@ -139,16 +135,11 @@ def settings_of(folder, finished=True):
         hint = f"; the runs in it are {folder}/*" if runs else ""
         raise InputError(f"{folder}: not a run of train.py, it has no config.json{hint}")
     config = data.read_json(path)
-    s, prints = config.get("settings"), config.get("fingerprints")
-    right = (isinstance(s, dict) and isinstance(prints, dict) and config.get("parts") in (1, 2)
-             and isinstance(config.get("labels"), list)
-             and all(isinstance(s.get(key), kind) for key, kind in SETTINGS.items())
-             and all(isinstance(prints.get(key), str) for key in SOURCES))
-    if not right:
-        raise InputError(f"{path}: {data.NOT_OURS}")
+    if "settings" not in config:
+        raise InputError(f"{path}: is not that of a run of train.py")
     if finished and not (Path(folder) / "metrics.json").exists():
         raise InputError(f"{folder}: the run is not finished; train.py --resume goes on with it")
-    return SimpleNamespace(**s, fingerprints=prints), config
+    return SimpleNamespace(**config["settings"], fingerprints=config["fingerprints"]), config
 
 
 def load_run(folder, device=None, precision=None, batch_size=64, table=None):
@@ -160,8 +151,6 @@ def load_run(folder, device=None, precision=None, batch_size=64, table=None):
     """
     folder = Path(folder)
     s, config = settings_of(folder)
-    if not (folder / "encoder").is_dir():
-        raise InputError(f"{folder / 'encoder'}: no such folder: not a finished run, or damaged")
     device = data.pick_device(device)
     dtype = data.DTYPES[data.pick_precision(precision or s.precision, device)]
     if table is None:
@@ -170,23 +159,21 @@ def load_run(folder, device=None, precision=None, batch_size=64, table=None):
             raise InputError(f"{folder / 'neighbors.json'}: is not the table that the run was "
                              "trained with; --neighbors FILE attacks with another one")
     with torch.random.fork_rng(devices=[]):     # the caller's random numbers stay what they were
-        encoder, tokenizer = data.load_encoder(folder / "encoder", s.max_len, complete=True)
+        encoder, tokenizer = data.load_encoder(folder.absolute() / "encoder", s.max_len,
+                                               complete=True)
         model = rift.RIFT(encoder, len(config["labels"]), s.pooling, s.method == "rift-marginal",
                           dtype)
-    tensors, _ = data.load_tensors(folder / "model.safetensors")
-    try:
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:                                               # wrong shapes
-        raise InputError(f"{folder / 'model.safetensors'}: of another run, or damaged "
-                         f"({str(error).splitlines()[-1].strip()[:200]})") from None
-    missing = [name for name in missing if not name.startswith(("encoder.", "teacher."))]
-    if missing or unexpected:
-        raise InputError(f"{folder / 'model.safetensors'}: of another run, or damaged: it "
-                         + (f"lacks {missing[0]}" if missing else f"has {unexpected[0]} as well"))
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise InputError(f"{folder}: its weights are not finite")
-    for part in (encoder.encoder, encoder.pooler):      # once, not at every call
+    path = folder / "model.safetensors"
+    tensors, _ = data.load_tensors(path)
+    wanted = {(name, p.shape) for name, p in model.state_dict().items()
+              if not name.startswith(("encoder.", "teacher."))}
+    differ = sorted(wanted ^ {(name, tensor.shape) for name, tensor in tensors.items()})
+    if differ:
+        raise InputError(f"{path}: of another run, or damaged, see {differ[0][0]}")
+    model.load_state_dict(tensors, strict=False)
+    for part in (encoder.encoder, encoder.pooler):      # once, not at every call in weights_in()
         part.to(dtype)
+    # the teacher in it is a copy of the fine-tuned encoder, not F_t, and is not used
     vocabulary = data.Vocabulary(tokenizer, s.max_len, table, s.unknown_words, s.candidates)
     return Victim(model.to(device).eval(), vocabulary, batch_size, config["labels"],
                   config["parts"])
@@ -240,6 +227,16 @@ def accuracy(examples, *predictions):
     """The share of examples whose label is predicted, by all of them if there are several (N,)."""
     y = [x.y for x in examples]
     return float(np.mean(np.all([p == y for p in predictions], axis=0)))
+
+
+def accuracies(victim, examples, s, bar=None):
+    """(clean, hull, S, S_hat): accuracy on examples as they are, and also after hull_attack(); the
+    features (N, H) of both. s: the run's settings; bar: the name of the progress bars."""
+    S = victim.features([x.words for x in examples], bar=bar)
+    clean = victim.probabilities(S).argmax(-1)                                  # (N,)
+    attacked, _, S_hat = hull_attack(victim, examples, bar=bar and f"{bar} hull",
+                                     **search_settings(s))
+    return accuracy(examples, clean), accuracy(examples, clean, attacked), S, S_hat
 
 
 def wilson(successes, n):
@@ -322,8 +319,8 @@ def make_plan(s, args):
     if "pwws-wordnet" in args.attacks:
         wordnet = data.open_table(s, task, "wordnet", data_dir)
     known, allowed = range(len(examples)), lambda index, words, synonyms: synonyms
-    drawn_from = "all texts"
-    if constraint(s, args) == "scores":
+    drawn_from, source = "all texts", constraint(s, args)
+    if source == "scores":
         sentences = [" ".join(x.words[-1]) for x in examples]
         try:
             path = data.locate("scores", data_dir)
@@ -337,12 +334,11 @@ def make_plan(s, args):
             words, synonyms, scores[sentences[index]])
         print(f"The score file knows {len(known):,} of the {len(examples):,} {args.split} texts; "
               "the attacked ones are drawn from these.")
-    elif constraint(s, args) != "none":
+    elif source != "none":
         try:
-            model = attacks.CausalLM(data.model_folder(args.lm_constraint),
-                                     data.pick_device(args.device))
+            model = attacks.CausalLM(data.model_folder(source), data.pick_device(args.device))
         except Exception as error:          # whatever is wrong with it, transformers says it
-            raise InputError(f"--lm-constraint {args.lm_constraint}: neither none, scores nor a "
+            raise InputError(f"--lm-constraint {source}: neither none, scores nor a "
                              f"causal language model ({data.first_line(error)})") from None
         allowed = lambda index, words, synonyms: attacks.lm_constraint(words, synonyms, model)
     # the first N of one shuffle: a larger N later contains them
@@ -406,11 +402,11 @@ def run_attack(name, victim, table, plan, texts, pending, s, args):
                               batch_size=args.batch_size, max_queries=args.max_queries)
 
 
-def terms(folder, s, precision, tables, plan, args):
+def conditions(folder, s, precision, tables, plan, args):
     """All that an outcome depends on: {"clean": what all attacks share, attack: its own}.
 
-    An earlier attack that eval.json names and that is not asked for today is among them, with its
-    own settings then, if what all attacks share is equal.
+    Attacks of eval.json that are not asked for today are included, with the settings that they had
+    then, if what all share is the same as today; so their results stay in eval.json.
     """
     paths = folder / "encoder" / "model.safetensors", folder / "model.safetensors"
     weights = data.fingerprint(b"".join(path.read_bytes() for path in paths))
@@ -422,10 +418,10 @@ def terms(folder, s, precision, tables, plan, args):
         settings |= earlier
     for name in args.attacks:
         settings[name] = keywords(name, s, args) | {"neighbors": data.fingerprint(tables[name])}
-        if name != "hull":
-            settings[name]["max_queries"] = args.max_queries
         if name == "genetic":
             settings[name]["lm_constraint"] = constraint(s, args)
+        if name != "hull":
+            settings[name]["max_queries"] = args.max_queries
     return settings
 
 
@@ -439,9 +435,9 @@ def evaluate(folder, plan, args):
     """The Evaluation of one run: clean accuracy and every attack asked for, on the chosen texts.
 
     Writes attacks.jsonl, eval.json and, for the test split, the accuracy under each attack but hull
-    into metrics.json. A line of attacks.jsonl carries a fingerprint of the settings and weights
-    that it was made with: where it is today's, the text is not attacked again; other lines are kept
-    and not used. eval.json also has an earlier attack, see terms(), that covers all the texts.
+    into metrics.json. Each line of attacks.jsonl carries a fingerprint of its settings and weights.
+    Lines with today's are used again; others stay in the file, for a command that has theirs.
+    eval.json keeps an earlier attack, see conditions(), if it covers all the texts.
     """
     s, config = settings_of(folder)
     table = None
@@ -455,7 +451,7 @@ def evaluate(folder, plan, args):
     tables = dict.fromkeys(args.attacks, victim.vocabulary.neighbors)
     tables["pwws-wordnet"] = plan.wordnet
     precision = data.pick_precision(args.precision or s.precision, victim.device)
-    settings = terms(folder, s, precision, tables, plan, args)
+    settings = conditions(folder, s, precision, tables, plan, args)
 
     texts = {i: data.to_text(victim.vocabulary.visible(x.words)) for i, x in plan.chosen.items()}
     P = attacks.check_probabilities(victim(list(texts.values())), len(texts))   # (N, C)
@@ -480,7 +476,7 @@ def evaluate(folder, plan, args):
         kept = {i for i in attacked if lines[i]["prediction"] == lines[i]["label"]}
         return np.array([i in kept for i in texts])
 
-    write_lines(lines_path, others, done)   # a new file: an older command notices, see keep()
+    write_lines(lines_path, others, done)   # a new file: another eval.py notices that, see keep()
     for name in args.attacks:
         pending = {i: None for i in attacked if i not in done[name]}
         if pending:
@@ -548,12 +544,11 @@ def show(title, rows):
 def head_of(name, evaluations):
     """The column head of an attack, with its settings."""
     heads = []
-    for settings in [x.settings[name] for x in evaluations]:
-        keys = ["steps"] if name == "hull" else [
-            key for key in settings if key in inspect.signature(ATTACKS[name]).parameters]
-        keys += [key for key in ("lm_constraint", "max_queries") if settings.get(key) is not None]
-
-        heads.append(f"{name} ({', '.join(f'{key} {settings[key]}' for key in keys)})")
+    for x in evaluations:
+        shown = {key: value for key, value in x.settings[name].items()
+                 if key != "neighbors" and value is not None and (name != "hull" or key == "steps")}
+        shown = [f"{key} {value}" for key, value in shown.items()]
+        heads.append(f"{name} ({', '.join(shown)})")
     return " / ".join(dict.fromkeys(heads)).replace("_", " ")
 
 
@@ -594,7 +589,7 @@ def own_settings(s, *free):
     """
     weights = {weight for terms in rift.METHODS.values() for weight in terms.values()}
     unused = weights - set(rift.METHODS[s.method].values())
-    # without None: a run made before a flag existed is one without that flag
+    # None: the flag was not given
     return s.fingerprints | {
         key: value for key, value in vars(s).items() if value is not None
         and key not in {*INCIDENTAL, "fingerprints", *free, *unused}}
@@ -731,25 +726,25 @@ def tradeoffs(group, names):
     The mean is over the betas whose mean clean accuracy lies within adv's range. A beta beyond it
     can only be compared with the end of adv's curve, and has a line of its own.
     """
-    curves = {}                                                         # {curve: {beta: [run, ..]}}
+    by_beta = {}                                                        # {curve: {beta: [run, ..]}}
     for curve, runs in by_settings(group, "beta").items():
         if runs[0].run.method == "standard":                            # it has no beta
             continue
-        points = curves.setdefault(curve, {})
+        points = by_beta.setdefault(curve, {})
         for x in runs:
             points.setdefault(x.run.beta, []).append(x)
-    adv = curves.pop("adv", {})
-    curves = {curve: points for curve, points in curves.items() if len(points) > 1}
+    adv = by_beta.pop("adv", {})
+    by_beta = {curve: points for curve, points in by_beta.items() if len(points) > 1}
     if len(adv) < 2:
         return
     ends = [right(runs, "clean").mean() for runs in adv.values()]
-    for curve, name in itertools.product(curves, names):
-        within = {beta: runs for beta, runs in curves[curve].items()
+    for curve, name in itertools.product(by_beta, names):
+        within = {beta: runs for beta, runs in by_beta[curve].items()
                   if min(ends) <= right(runs, "clean").mean() <= max(ends)}
-        rows = [(f"mean over the {len(within)} of {len(curves[curve])} betas within adv's range",
+        rows = [(f"mean over the {len(within)} of {len(by_beta[curve])} betas within adv's range",
                  within)] if within else []
         rows += [(f"beta {beta:g}, beyond the ends of adv's curve", {beta: runs})
-                 for beta, runs in curves[curve].items() if beta not in within]
+                 for beta, runs in by_beta[curve].items() if beta not in within]
         for label, points in rows:
             star = "*" if min(map(len, [*adv.values(), *points.values()])) == 1 else ""
             gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*tradeoff_gain(adv, points, name))
@@ -802,7 +797,8 @@ def spread(values, n=None):
     return mean, max(mean - low, 0), max(high - mean, 0)
 
 
-ASKED = "seed", "population", "generations", "lm_constraint", "max_queries"     # of eval.py
+# flags of eval.py that have to be the same for all runs of a figure
+ASKED = "seed", "population", "generations", "lm_constraint", "max_queries"
 
 
 def read_finished(folder, attack, split):
@@ -815,17 +811,12 @@ def read_finished(folder, attack, split):
     """
     s, _ = settings_of(folder)
     metrics, log = data.read_json(folder / "metrics.json"), data.read_lines(folder / "log.jsonl")
-    needed = {"epoch", "dev_clean", "dev_hull", "params_l2", "dev_retained", "dev_cka"}
-    if not all(needed <= line.keys() for line in log):
-        raise InputError(f"{folder / 'log.jsonl'}: {data.NOT_OURS}")
-    kept = next((line for line in log if line["epoch"] == metrics.get("best_epoch")), None)
-    if kept is None:
-        raise InputError(f"{folder / 'log.jsonl'}: lacks the epoch that metrics.json names")
+    kept = next(line for line in log if line["epoch"] == metrics["best_epoch"])
     path = folder / files_of(split)[0]
     scores = data.read_json(path) if path.exists() else {}
     if attack not in scores and attack == "hull":
         on_dev = {"clean": kept["dev_clean"], "hull": kept["dev_hull"],
-                  "num_examples": metrics.get("dev_examples")}
+                  "num_examples": metrics["dev_examples"]}
         scores = on_dev if split == "dev" else metrics
     if attack not in scores:
         raise InputError(f"{folder}: its last evaluation on {split} was without {attack}: first "
@@ -875,7 +866,7 @@ def draw_accuracy(ax, runs, attack, over):
                         color=look["color"], path_effects=[withStroke(linewidth=2, foreground="w")])
 
 
-def draw_forgetting(ax, runs, attack, measure, label):
+def draw_forgetting(ax, runs, measure, label):
     """A measure of forgetting over the epochs; rings mark the epochs that were kept."""
     for name, same, look in curves(runs):
         epochs = sorted({line["epoch"] for x in same for line in x.log})
@@ -929,9 +920,9 @@ def plot(folders, path, attack, split):
         title, before = f"{task}, {split} texts", len(panels)
         of = {method: [x.run for x in runs if x.run.method == method] for method in rift.METHODS}
         if len({s.alpha for s in of["rift"]}) > 1:
-            panels.append((draw_accuracy, title, runs, dict(over="alpha")))
+            panels.append((draw_accuracy, title, runs, dict(attack=attack, over="alpha")))
         if any(len({s.beta for s in of[method]}) > 1 for method in of if method != "standard"):
-            panels.append((draw_accuracy, title, runs, dict(over="beta")))
+            panels.append((draw_accuracy, title, runs, dict(attack=attack, over="beta")))
         if len(panels) > before:
             for x in runs:
                 if x.how != runs[0].how:
@@ -949,7 +940,7 @@ def plot(folders, path, attack, split):
     figure = Figure(figsize=(4.6 * columns, 3.5 * rows + 0.3), layout="constrained")
     for place, (draw, title, runs, more) in enumerate(panels, 1):
         ax = figure.add_subplot(rows, columns, place)
-        draw(ax, runs, attack, **more)
+        draw(ax, runs, **more)
         ax.grid(alpha=0.3)
         ax.set_title(title, size=10)
         joined = "numbers: beta, joined in its order" if more.get("over") == "beta" else None
@@ -1063,7 +1054,8 @@ def main(argv):
                 s, _ = settings_of(folder)
                 key = s.fingerprints["data"]
                 if s.task not in ("imdb", "snli", "toy"):
-                    s.task = str(Path(args.task or s.task).absolute())  # a folder, also imdb
+                    # absolute, so that a folder that is named imdb is not the public task
+                    s.task = str(Path(args.task or s.task).absolute())
                     if not Path(s.task).is_dir():
                         raise InputError(f"{folder}: its data folder {s.task} is not there; --task "
                                          "FOLDER says where it is now")

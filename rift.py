@@ -209,38 +209,18 @@ def noise(shape, max_len, generator=None):
     return torch.randn(shape, generator=generator) * math.sqrt(2 / (max_len * 10))
 
 
-def search_hull(gain, predict, e, E, free, subs_mask, v, steps=10, lr=1.0, weight_decay=2e-5,
-                sparsity=15.0):
-    """The point of the hull where Adam's ascent ends.
-
-        max over v of   gain(predict(e^(v))) - sparsity * sum_l H(w_l) / (300 * 128)
-
-    gain: logits (B, C) -> scalar, summed over the batch; predict: embeddings (B, L, H) ->
-    logits (B, C); e, E, free: from hull(), constants here; subs_mask: (B, L, K) bool; v: (B, L, K),
-    the start; weight_decay: L2 on v. The entropy term pushes w towards a single word; its divisor
-    is a constant, whatever the shape. Returns w (B, L, K), rows on the simplex, without a gradient.
-    """
-    v, mask = v.clone(), subs_mask[free]                                        # mask: (P, K)
-    v_free = v[free].requires_grad_()                                           # (P, K)
-    adam = torch.optim.Adam([v_free], lr=lr, weight_decay=weight_decay)
-    for _ in range(steps if len(v_free) else 0):
-        with torch.enable_grad():                       # also where the caller has switched it off
-            w = weights(v_free, mask)
-            value = gain(predict(mix(e, E, free, w))) - sparsity * entropy(w).sum() / (300 * 128)
-            v_free.grad = torch.autograd.grad(-value, v_free)[0]
-        adam.step()
-    v[free] = v_free.detach()
-    return weights(v, subs_mask)
-
-
 def adversary(encoder, head, input_ids, attention_mask, subs, subs_mask, v, y=None, *,
               pooling="pooler", steps=10, lr=1.0, weight_decay=2e-5, sparsity=15.0):
     """w of x^, the worst point of the hull, for training and for the quick robust accuracy.
 
-    Without y, the self-supervised adversary of training: argmax KL( q(.|F_s(x)) || q(.|F_s(x')) ),
-    which compares with the model's own prediction. With y (B,) int64: argmax -log q(y|F_s(x')).
-    head: (B, H) -> (B, C) logits; v: (B, L, K), the start, see noise(); the rest as in hull(),
-    features() and search_hull(). Dropout is off and no parameter gets a gradient during the search.
+        max over v of   gain(x^(v)) - sparsity * sum_l H(w_l) / (300 * 128),   by Adam's ascent
+
+    Without y, the self-supervised adversary of training: the gain is KL( q(.|F_s(x)) ||
+    q(.|F_s(x^)) ), which compares with the model's own prediction. With y (B,) int64 it is
+    -log q(y|F_s(x^)). Both are summed over the batch. The entropy term pushes w towards a single
+    word; its divisor is a constant, whatever the shape.
+    head: (B, H) -> (B, C) logits; v: (B, L, K), the start, see noise(); weight_decay: L2 on v; the
+    rest as in hull() and features(). Dropout is off and no parameter gets a gradient meanwhile.
     Returns w (B, L, K) float32, rows on the simplex, without a gradient.
     """
     constants = {name: p.detach() for name, p in encoder.named_parameters()}
@@ -251,14 +231,20 @@ def adversary(encoder, head, input_ids, attention_mask, subs, subs_mask, v, y=No
         with torch.no_grad():
             e, E, free = hull(encoder, input_ids, subs, subs_mask)
             clean = predict(e) if y is None else None
-
-        def gain(logits):
-            if y is None:
-                return kl_divergence(clean, logits) * len(logits)
-            return F.cross_entropy(logits, y, reduction="sum")
-
-        return search_hull(gain, predict, e, E, free, subs_mask, v, steps, lr, weight_decay,
-                           sparsity)
+        v, mask = v.clone(), subs_mask[free]                                    # mask: (P, K)
+        v_free = v[free].requires_grad_()                                       # (P, K)
+        adam = torch.optim.Adam([v_free], lr=lr, weight_decay=weight_decay)
+        for _ in range(steps if len(v_free) else 0):
+            with torch.enable_grad():                   # also where the caller has switched it off
+                w = weights(v_free, mask)
+                q = predict(mix(e, E, free, w))
+                gain = (kl_divergence(clean, q) * len(q) if y is None else
+                        F.cross_entropy(q, y, reduction="sum"))
+                value = gain - sparsity * entropy(w).sum() / (300 * 128)
+                v_free.grad = torch.autograd.grad(-value, v_free)[0]
+            adam.step()
+        v[free] = v_free.detach()
+        return weights(v, subs_mask)
 
 
 def discrete(subs, w):
@@ -443,7 +429,6 @@ class Outputs:
     T: torch.Tensor                  # (B, H), features F_t(x), or None
     y: torch.Tensor                  # (B,) int64
     model: nn.Module                 # the RIFT
-    tau: float                       # temperature of f_c
 
 
 class RIFT(nn.Module):
@@ -452,16 +437,16 @@ class RIFT(nn.Module):
     encoder: a Hugging Face BERT or RoBERTa encoder; C: number of classes; pooling: see features();
     marginal: one pair of projections for all classes, for the bound on I(S;T); dtype: in which the
     encoder computes, float32 or bfloat16 (its weights stay in float32); p_mixout: in training it
-    computes with mixout() of this p. The teacher is a copy of the encoder: loading it a second time
-    would give another random pooler where none was pre-trained (RoBERTa).
+    computes with mixout() of this p; tau: temperature of f_c. The teacher is a copy of the encoder:
+    loading it a second time would give another random pooler where none was pre-trained (RoBERTa).
     """
 
     def __init__(self, encoder, C, pooling="pooler", marginal=False, dtype=torch.float32,
-                 p_mixout=None):
+                 p_mixout=None, tau=0.2):
         super().__init__()
         H = encoder.config.hidden_size
         self.pooling, self.marginal, self.dtype, self.p_mixout = pooling, marginal, dtype, p_mixout
-        self.encoder = encoder
+        self.encoder, self.tau = encoder, tau
         self.teacher = copy.deepcopy(encoder).requires_grad_(False)
         self.head = mlp(H, 256, C)
         self.g = nn.ModuleList(mlp(H, 512, 256) for _ in range(1 if marginal else C))
@@ -482,8 +467,12 @@ class RIFT(nn.Module):
             return adversary(self.encoder, self.head, input_ids, attention_mask, subs, subs_mask,
                              v, y, pooling=self.pooling, **search)
 
-    def forward(self, input_ids, attention_mask, y, subs=None, subs_mask=None, w=None, T=None,
-                tau=0.2):
+    def L_info(self, S, T, y):
+        """L_info() of the model's projections; of a marginal model, the loss that bounds I(S;T)."""
+        classes = torch.zeros_like(y) if self.marginal else y
+        return L_info(S, T, classes, self.g, self.h, self.tau)
+
+    def forward(self, input_ids, attention_mask, y, subs=None, subs_mask=None, w=None, T=None):
         """One pass on the clean text x and, with w, one on the adversarial x^ for all terms.
 
         input_ids, attention_mask: (B, L) int64; y: (B,) int64; subs, subs_mask: as in hull();
@@ -492,11 +481,10 @@ class RIFT(nn.Module):
         embedding layer.
         """
         adversarial = S = None
-        mixed = {}
+        theta = weights_in(self.encoder, self.dtype)
         if self.training and self.p_mixout is not None:     # one mask for x and x^
             mixed = mixout(self.encoder, self.teacher, self.p_mixout)
-        with stand_in(self.encoder, mixed):
-            theta = weights_in(self.encoder, self.dtype)    # mixed or not, now in the precision
+            theta |= {name: p.to(self.dtype) for name, p in mixed.items()}
         with stand_in(self.encoder, theta):
             if w is None:
                 e = embed(self.encoder, input_ids)                              # (B, L, H)
@@ -506,7 +494,7 @@ class RIFT(nn.Module):
                 S = features(self.encoder, x_hat, attention_mask, self.pooling)             # (B, H)
                 adversarial = self.head(S)                                      # (B, C)
             clean = self.head(features(self.encoder, e, attention_mask, self.pooling))
-        return Outputs(clean, adversarial, S, T, y, self, tau)
+        return Outputs(clean, adversarial, S, T, y, self)
 
 
 # ---- The methods: each minimises a weighted sum of terms -----------------------------------------
@@ -524,9 +512,8 @@ def kl(o):
 
 
 def info(o):
-    """L_info over the texts of all processes; for a marginal model, the loss that bounds I(S;T)."""
-    classes = torch.zeros_like(o.y) if o.model.marginal else o.y
-    return L_info(gather(o.S), gather(o.T), gather(classes), o.model.g, o.model.h, o.tau)
+    """L_info over the texts of all processes."""
+    return o.model.L_info(gather(o.S), gather(o.T), gather(o.y))
 
 
 def ptwd(o):

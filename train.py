@@ -58,7 +58,7 @@ PROBE = 1000                # training texts from which dev_retained's regressio
 
 
 def algorithm_1(model, batch, y, T, s):
-    """The terms of the loss on a batch, {name: scalar}; adds their gradient to the parameters'.
+    """The loss on a batch and its terms, {name: scalar}, with gradients.
 
     model: a rift.RIFT; batch: from data.Vocabulary.encode, every class equally often; y: (B,)
     int64; T: (B, H), the teacher's features of the clean texts; s: settings, as in train().
@@ -66,11 +66,9 @@ def algorithm_1(model, batch, y, T, s):
     w = None
     if rift.has_adversary(s.method):
         v = rift.noise(batch["subs"].shape, s.max_len).to(y.device)                 # (B, L, K)
-        w = model.adversary(**batch, v=v, **eval.search_settings(s))        # of x^ = argmax KL
-    outputs = model(**batch, y=y, w=w, T=T, tau=s.tau)                      # of x, and of x^ from w
-    terms = rift.objective(outputs, s.method, vars(s))                  # L_task + alpha * L_info
-    terms["loss"].backward()
-    return terms
+        w = model.adversary(**batch, v=v, **eval.search_settings(s))    # x^ = mix(.., w): argmax KL
+    outputs = model(**batch, y=y, w=w, T=T)                             # one pass on x, one on x^
+    return rift.objective(outputs, s.method, vars(s))                   # L_task + alpha * L_info
 
 
 def train(model, task, vocabulary, s, folder, T, T_dev):
@@ -97,7 +95,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
                               lr=s.lr, eps=s.adam_eps, fused=True)
     log, best = load_checkpoint(folder, model, adamw)
     ours = identity(folder)
-    if rank == 0 and log and best["epoch"] == len(log):     # if it was killed between the two files
+    if rank == 0 and log and best["epoch"] == len(log):     # if it was killed before it wrote this
         data.save_tensors(folder / "best.safetensors", trained(model))
 
     for epoch in range(len(log) + 1, s.epochs + 1):
@@ -116,13 +114,13 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
             rows = share(rows, y[rows], rank, world)
             adamw.zero_grad()
             totals = Counter()
-            for part in slices(model, y[rows], s.micro_batch_size):
-                chosen = rows[part]
+            for part in slices(y[rows], s.micro_batch_size):
+                chosen, weight = rows[part], len(part) / len(rows)      # 1 for the whole batch
                 batch = vocabulary.encode([texts[i] for i in chosen], hull=adversarial,
                                           device=device)
                 terms = algorithm_1(model, batch, y[chosen].to(device), T[chosen], s)
-                totals.update({name: value.item() * len(part) / len(rows)
-                               for name, value in terms.items()})
+                (weight * terms["loss"]).backward()
+                totals.update({name: weight * value.item() for name, value in terms.items()})
             totals = average(model, totals, world)
             check_finite(totals, model, epoch, step, adamw)
             adamw.step()
@@ -154,38 +152,26 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
 # ---- Its parts -----------------------------------------------------------------------------------
 
 
-def slices(model, y, size):
-    """Yields the rows of a batch, in slices of about `size` texts, for a backward pass on each.
+def slices(y, size):
+    """The rows of a batch in slices of about `size` texts, each for a backward pass of its own.
 
-    y: (B,) int64, every class equally often; size: None for the whole batch at once. Afterwards the
-    parameters' gradient is the mean over the batch, as if it had been one pass; but L_info compares
-    the texts of one slice, so that its N is the slice's. The slices are equal to within a text of
-    each class, and no larger than `size` unless they would have fewer than 2 of each class: the
-    L_info of a single text is 0.
+    y: (B,) int64, every class equally often; size: None for the whole batch at once. The gradients
+    of the slices, weighted by their sizes, add up to the batch's; but L_info compares the texts of
+    one slice, so that its N is the slice's. The slices are equal to within a text of each class,
+    and no larger than `size` unless they would have fewer than 2 of each class: the L_info of a
+    single text is 0. Returns a list of int arrays.
     """
     rows = torch.stack([(y == c).nonzero().squeeze(1) for c in y.unique()])         # (C, N)
     C, N = rows.shape
     n = max((size or len(y)) // C, 2)                                       # of a class in a slice
-    number, done = max(min(math.ceil(N / n), N // 2), 1), 0
-
-    def scale(factor):
-        for p in model.parameters():
-            if p.grad is not None:
-                p.grad *= factor
-
-    for part in rows.tensor_split(number, dim=1):                                   # (C, about n)
-        m = part.numel()
-        if done:    # the mean over n texts, G, becomes (G n/m + g) m/(n+m) with the g of m more
-            scale(done / m)
-        yield part.flatten().numpy()
-        if done:
-            scale(m / (done + m))
-        done += m
+    number = max(min(math.ceil(N / n), N // 2), 1)
+    return [part.flatten().numpy() for part in rows.tensor_split(number, dim=1)]
 
 
 def measure(model, victim, task, s, T, T_dev):
     """The rest of a log line, a dict: accuracy on dev, and how much was forgotten.
 
+    (Before it come epoch, the loss and its terms, means over the epoch, lr and seconds.)
     dev_clean, dev_hull: the share of texts that is right, and right also after eval.hull_attack
     params_l2:           ||theta_s - theta_t||, how far the encoder's weights have moved
     dev_cka:             debiased CKA of S and T: 1 if they arrange the texts alike, 0 if unrelated
@@ -195,25 +181,23 @@ def measure(model, victim, task, s, T, T_dev):
     """
     y = torch.tensor([x.y for x in task.train], device=T.device)                    # (n,)
     y_dev = torch.tensor([x.y for x in task.dev], device=T.device)
-    S_dev = victim.features([x.words for x in task.dev])                            # (n, H)
-    clean = victim.probabilities(S_dev).argmax(-1)                                  # (n,)
-    attacked, _, S_hat = eval.hull_attack(victim, task.dev, **eval.search_settings(s))
+    clean, hull, S_dev, S_hat = eval.accuracies(victim, task.dev, s)                # S: (n, H)
     C = len(task.labels)
     probe = torch.cat([(y == c).nonzero().squeeze(1)[:PROBE // C] for c in range(C)])
     S = victim.features([task.train[i].words for i in probe])
-    line = {"dev_clean": eval.accuracy(task.dev, clean),
-            "dev_hull": eval.accuracy(task.dev, clean, attacked),
+    line = {"dev_clean": clean, "dev_hull": hull,
             "params_l2": rift.pretrained_distance(model.encoder, model.teacher).item(),
             "dev_cka": rift.debiased_cka(S_dev, T_dev),
             "dev_retained": rift.retained(S, T[probe], y[probe], S_dev, T_dev, y_dev)}
     if rift.info in rift.METHODS[s.method]:
-        N = max(min(s.micro_batch_size or s.batch_size, s.batch_size) // C, 2)
-        line |= held_out_info(model, S_hat, T_dev, y_dev, N, s.tau)
+        slice_size = (s.micro_batch_size or s.batch_size) * processes()[1]     # see rift.info
+        N = max(min(slice_size, s.batch_size) // C, 2)
+        line |= held_out_info(model, S_hat, T_dev, y_dev, N)
     return line
 
 
 @torch.no_grad()
-def held_out_info(model, S, T, y, N, tau):
+def held_out_info(model, S, T, y, N):
     """{"dev_info": L_info of held-out texts, "info_n": how many it compares}.
 
     S, T: (n, H), features of adversarial and of clean texts; y: (n,); N: texts of a class in a
@@ -226,9 +210,7 @@ def held_out_info(model, S, T, y, N, tau):
     N = min(N, fewest)
     groups = [torch.cat([rows[start:start + N] for rows in by_class])
               for start in range(0, fewest - N + 1, N)]
-    classes = torch.zeros_like(y) if model.marginal else y
-    values = [rift.L_info(S[rows], T[rows], classes[rows], model.g, model.h, tau)
-              for rows in groups]
+    values = [model.L_info(S[rows], T[rows], y[rows]) for rows in groups]
     return {"dev_info": torch.stack(values).mean().item(),
             "info_n": N * len(by_class) if model.marginal else N}
 
@@ -249,16 +231,12 @@ def finish(model, victim, task, s, folder, best, ours):
 
     best: {"epoch", "rule", "score"}: the kept epoch, and what chose it; ours: see identity().
     """
-    S = victim.features([x.words for x in task.test], bar="test")                   # (n, H)
-    clean = victim.probabilities(S).argmax(-1)                                      # (n,)
-    attacked, _, _ = eval.hull_attack(victim, task.test, bar="test hull",
-                                      **eval.search_settings(s))
+    clean, hull, _, _ = eval.accuracies(victim, task.test, s, bar="test")
     metrics = {"method": s.method, "task": task.name, "seed": s.seed, "best_epoch": best["epoch"],
                "best_rule": "the highest " + ", of equals the highest ".join(best["rule"])
                             + ", of equals the later",
                "best_score": best["score"],
-               "clean": eval.accuracy(task.test, clean),
-               "hull": eval.accuracy(task.test, clean, attacked), "test_examples": len(task.test),
+               "clean": clean, "hull": hull, "test_examples": len(task.test),
                "dev_examples": len(task.dev)}
     parts = {name: p for name, p in trained(model).items() if not name.startswith("encoder.")}
     check_ours(folder, ours)
@@ -269,7 +247,7 @@ def finish(model, victim, task, s, folder, best, ours):
     data.write_json(folder / "metrics.json", metrics)
     for name in CHECKPOINTS:
         data.remove(folder / name)
-    print(f"{folder}: test clean {metrics['clean']:.3f}, hull {metrics['hull']:.3f} "
+    print(f"{folder}: test clean {clean:.3f}, hull {hull:.3f} "
           f"(N {len(task.test)}, epoch {best['epoch']} kept)")
 
 
@@ -440,7 +418,8 @@ def run(task, table, fingerprints, s, folder, known):
     if (folder / "metrics.json").exists():
         return
     model = rift.RIFT(encoder, len(task.labels), s.pooling, s.method == "rift-marginal",
-                      data.DTYPES[s.precision], s.mixout if s.method == "adv-mixout" else None)
+                      data.DTYPES[s.precision], s.mixout if s.method == "adv-mixout" else None,
+                      s.tau)
     model.to(data.pick_device(s.device))
     vocabulary = data.Vocabulary(tokenizer, s.max_len, table, s.unknown_words, s.candidates)
     if digest not in known:
@@ -462,10 +441,11 @@ def warn(vocabulary, task):
     if unknown > 0.2:
         print(f"{unknown:.0%} of the training words are unknown to the model's tokenizer, or cut "
               "to one character: is it a model for this language?", file=sys.stderr)
-    no_room = data.no_room_share(vocabulary, task.train)
+    no_room = [x for x in task.train if x.words[-1] and not vocabulary.visible(x.words)[-1]]
     if no_room:
-        print(f"{no_room:.1%} of the training pairs have a first text that fills --max-len "
-              f"{vocabulary.max_len}: no word of the second is seen", file=sys.stderr)
+        print(f"{len(no_room) / len(task.train):.1%} of the training pairs have a first text that "
+              f"fills --max-len {vocabulary.max_len}: no word of the second is seen",
+              file=sys.stderr)
 
 
 # ---- The toy task's pre-trained encoder ----------------------------------------------------------
@@ -574,7 +554,7 @@ def parse(argv):
          help="texts in a step; rounded down to a multiple of the number of classes")
     flag("--micro-batch-size", type=number(int, 4), metavar="B",
          help="texts in a forward pass; their gradients add up to the batch's, but L_info "
-         "compares only these; None: the batch")
+         "compares only these (of all processes); None: the batch")
     flag("--eval-batch-size", type=positive, default=64, metavar="B",
          help="texts in a forward pass of evaluation")
     flag("--lr", type=number(float, 0, above=True), metavar="X",
@@ -628,8 +608,8 @@ def parse(argv):
     args.overwrite |= task == "toy" and args.out is None and not args.resume
     args.out = args.out or Path("runs") / Path(args.task).name
     if args.schedule is None:
-        below = [0.1, 0.55][max(0, 2 - args.epochs // 3):]     # at most a third of the epochs
-        args.schedule = [*below, 1.0]
+        n = min(args.epochs // 3, 2)                    # warm-up: at most a third of the epochs
+        args.schedule = [0.1, 0.55][2 - n:] + [1.0]
     args.precision = data.pick_precision(args.precision, data.pick_device(args.device))
     settings = {key: value for key, value in vars(args).items() if key not in run_options}
     return args, SimpleNamespace(**settings)
@@ -651,7 +631,7 @@ def check(s, task, table, methods):
     C = len(task.labels)
     if len(task.dev) < max(4, 2 * C):
         raise InputError(f"--dev-size: dev has {len(task.dev)} texts, wanted at least "
-                         f"{max(4, 2 * C)}, two of each class")
+                         f"{max(4, 2 * C)}")
     changeable = any(any(data.substitutes(x.words[-1], table)) for x in task.train)
     if not changeable and any(map(rift.has_adversary, methods)):
         raise InputError(f"--neighbors {s.neighbors}: has no synonym for any word of the training "
@@ -670,7 +650,7 @@ def start_processes(s):
     if missing:
         raise InputError(f"the environment has WORLD_SIZE but not {missing[0]}: start with "
                          "torchrun, or remove it")
-    # the other processes wait while the first one reads texts or measures test: for hours
+    # the others wait while the first one reads texts or, before a next run, measures test: hours
     backend = "nccl" if data.pick_device(s.device).type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))
 
@@ -684,21 +664,21 @@ def main(argv):
     args, s = parse(argv)
     start_processes(s)
     rank, _ = processes()
-    if s.model == "toy":
-        s.model = str(toy_encoder())
     folders = {(method, seed): args.out / (method if len(args.seeds) == 1 else f"{method}-{seed}")
                for method in args.method for seed in args.seeds}
     if rank == 0:
         check_first(folders.values(), s, args.resume, args.overwrite)
         data.warn_of_slow_bf16([s.precision], data.pick_device(s.device))
-    torch.manual_seed(0)        # a pooler that was never trained: drawn, here alike for all seeds
-    encoder, _ = data.load_encoder(s.model, s.max_len)
-    with first_process_first():                         # it fills the cache of texts
+    with first_process_first():                         # it fills the caches
+        if s.model == "toy":
+            s.model = str(toy_encoder())
+        torch.manual_seed(0)    # a pooler that was never trained: drawn, here alike for all seeds
+        digest = digest_of(data.load_encoder(s.model, s.max_len)[0])
         task = data.open_task(s)
         table = data.open_table(s, task)
     check(s, task, table, args.method)
     fingerprints = {"data": task.fingerprint, "neighbors": data.fingerprint(table),
-                    "encoder": digest_of(encoder)}
+                    "encoder": digest}
     if args.overwrite and rank == 0:    # all now: after a stop --resume must find no old run
         for folder in folders.values():
             data.remove(folder / "config.json")         # a folder without it holds no run

@@ -167,7 +167,7 @@ def our_step(model, adamw, batch, y, T, v, s, precision, w=None):
     adamw.zero_grad()
     if w is None:
         w = model.adversary(**batch, v=v, **eval.search_settings(s))
-    terms = rift.objective(model(**batch, y=y, w=w, T=T, tau=s.tau), "rift", vars(s))
+    terms = rift.objective(model(**batch, y=y, w=w, T=T), "rift", vars(s))
     terms["loss"].backward()
     losses = {name: value.item() for name, value in terms.items()}
     train.check_finite(losses, model, 1, 0, adamw)

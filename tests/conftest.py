@@ -41,6 +41,15 @@ TABLE = {"good": ["great", "fine", "nice"], "great": ["good", "nice"], "bad": ["
          "very": ["really", "quite"]}
 
 
+def byte_level_bpe(folder, text):
+    """RoBERTa's kind of tokenizer, which knows the words of a text; its files are in the folder."""
+    bpe = ByteLevelBPETokenizer(add_prefix_space=True)
+    bpe.train_from_iterator([text] * 20, vocab_size=400, min_frequency=2, show_progress=False,
+                            special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    bpe.save_model(str(folder))
+    return RobertaTokenizer.from_pretrained(folder)
+
+
 def save_model(folder, kind):
     """A tiny encoder with a tokenizer that knows WORDS, as a Hugging Face folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,11 +57,7 @@ def save_model(folder, kind):
         tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
         tokenizer = train.bert_tokenizer(tokens)
     else:
-        bpe = ByteLevelBPETokenizer(add_prefix_space=True)
-        bpe.train_from_iterator([" ".join(WORDS)] * 20, vocab_size=400, min_frequency=2,
-                                special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
-        bpe.save_model(str(folder))
-        tokenizer = RobertaTokenizer.from_pretrained(folder)
+        tokenizer = byte_level_bpe(folder, " ".join(WORDS))
     encoder = tiny_encoder(kind, vocab_size=len(tokenizer), max_position_embeddings=34)
     encoder.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -8,14 +8,12 @@
 - Batches: every class equally often, each example at most once.
 - Encoders: those of another architecture are refused. Command lines: what is wrong is one line.
 """
-import copy
 import errno
 import hashlib
 import http.client
 import io
 import json
 import os
-import pickle
 import random
 import shutil
 import tarfile
@@ -36,11 +34,10 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from tokenizers import ByteLevelBPETokenizer
-from transformers import RobertaTokenizer
 
 import data
 import train
+from tests.conftest import byte_level_bpe
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -88,7 +85,7 @@ def answer(monkeypatch, *replies):
     monkeypatch.setattr(torch.hub, "urlopen", Mock(side_effect=replies))
 
 
-def zipped(**files):
+def zipped(files):
     body = io.BytesIO()
     with zipfile.ZipFile(body, "w") as archive:
         for name, content in files.items():
@@ -96,7 +93,7 @@ def zipped(**files):
     return body.getvalue()
 
 
-@pytest.mark.parametrize("body, checksum", [(BODY, MD5), (zipped(a=BODY), None)])
+@pytest.mark.parametrize("body, checksum", [(BODY, MD5), (zipped({"a": BODY}), None)])
 def test_a_download_is_complete_also_after_a_broken_connection(
         tmp_path, monkeypatch, body, checksum):
     answer(monkeypatch, Reply(body, -1000), Reply(body))
@@ -245,21 +242,17 @@ def test_files_of_a_run_come_back_or_are_refused_in_one_line(tmp_path):
             read(tmp_path / "no")
 
 
-def test_nltk_data_of_the_data_folder_comes_before_the_cache(tmp_path, monkeypatch):
+def test_nltk_data_of_the_data_folder_comes_first_and_without_any_it_says_how_to_install(
+        tmp_path, monkeypatch):
     monkeypatch.setattr(nltk.data, "path", [])
-    monkeypatch.setattr(nltk.tokenize, "punkt_model_available", lambda: True)
-    for folder in (tmp_path, data.cache_dir()):
-        (folder / "nltk_data").mkdir(parents=True)
-    data.prepare_nltk(tmp_path)
-    found = [x for x in nltk.data.path if x.endswith("nltk_data")]
-    assert found == [str(x / "nltk_data") for x in (tmp_path, data.cache_dir())]
-
-
-def test_missing_nltk_data_says_how_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(nltk.tokenize, "punkt_model_available", lambda: False)
     monkeypatch.setattr(nltk, "download", lambda *args, **kwargs: False)
+    for folder in (tmp_path, data.cache_dir()):
+        (folder / "nltk_data").mkdir(parents=True)
     with pytest.raises(data.InputError, match="not found.*python -m nltk.downloader punkt_tab"):
         data.prepare_nltk(tmp_path)
+    found = [x for x in nltk.data.path if x.endswith("nltk_data")]
+    assert found == [str(x / "nltk_data") for x in (tmp_path, data.cache_dir())]
 
 
 # ---- Words ---------------------------------------------------------------------------------------
@@ -343,8 +336,10 @@ def texts(examples):
 
 @pytest.mark.parametrize("sizes", [{}, dict(dev_size=30), dict(train_size=91, dev_size=50)])
 def test_dev_is_taken_from_train_and_never_overlaps_with_it(tmp_path, plain_words, sizes):
+    """Texts that differ only in case or space are one text. A given dev split takes nothing."""
     rows = numbered(a=70, b=90, c=100)
-    folder = write_tsv(tmp_path / "own", train=rows, test=numbered(a=5, b=5, c=4))
+    twice = rows + [(y, text.upper().replace(" ", "  ")) for y, text in rows]
+    folder = write_tsv(tmp_path / "own", train=twice, test=rows)
     task = data.load_task(folder, **sizes)
     assert not set(texts(task.train)) & set(texts(task.dev))
     assert task.labels == ["a", "b", "c"] and task.name == "own"
@@ -352,20 +347,10 @@ def test_dev_is_taken_from_train_and_never_overlaps_with_it(tmp_path, plain_word
         if size:
             assert Counter(e.y for e in split) == dict.fromkeys(range(3), size // 3)
     if not sizes:
-        assert Counter(e.y for e in task.dev) == {0: 7, 1: 9, 2: 10} and len(task.train) == 234
-    for e in task.train + task.dev + task.test:
-        assert data.to_text(e.words).startswith("abc"[e.y])
-
-
-def test_train_loses_the_texts_of_a_dev_split_cut_from_it_and_a_given_dev_stays(
-        tmp_path, plain_words):
-    rows = numbered(a=40, b=40)
-    twice = rows + [(y, text.upper().replace(" ", "  ")) for y, text in rows]
-    folder = write_tsv(tmp_path / "own", train=twice, test=rows)
-    task = data.load_task(folder)
-    assert len(task.dev) == 16 and not set(texts(task.train)) & set(texts(task.dev))
-    assert set(texts(task.train)) | set(texts(task.dev)) == {text for _, text in rows}
-    assert len(data.load_task(write_tsv(folder, dev=rows)).train) == 160
+        assert Counter(e.y for e in task.dev) == {0: 14, 1: 18, 2: 20}
+        assert set(texts(task.train)) | set(texts(task.dev)) == {text for _, text in rows}
+    assert all(texts([e])[0].startswith("abc"[e.y]) for e in task.train + task.dev + task.test)
+    assert len(data.load_task(write_tsv(folder, dev=rows)).train) == 520
 
 
 def test_the_split_is_the_same_on_every_call_and_depends_on_its_seed_alone(tmp_path, plain_words):
@@ -383,30 +368,22 @@ def test_the_split_is_the_same_on_every_call_and_depends_on_its_seed_alone(tmp_p
 @pytest.mark.parametrize("name", ["imdb", "snli", "toy"])
 def test_a_path_is_a_folder_whatever_its_last_name(tmp_path, plain_words, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    for task in (f"./{name}", f"{name}/", str(tmp_path / name), Path(name)):
-        with pytest.raises(data.InputError, match=f"^{tmp_path}/{name}: no such folder"):
-            data.load_task(task)
+    paths = f"./{name}", f"{name}/", str(tmp_path / name), Path(name)
+    for path in paths:
+        with pytest.raises(data.InputError, match=f"^{tmp_path}/{name}: no such folder; wanted"):
+            data.load_task(path)
     write_tsv(tmp_path / name, train=numbered(a=9, b=9), test=numbered(a=2, b=2))
-    for task in (f"./{name}", f"{name}/", str(tmp_path / name), Path(name)):
-        assert data.load_task(task).labels == ["a", "b"]
+    assert all(data.load_task(path).labels == ["a", "b"] for path in paths)
 
 
 def test_the_published_table_is_the_default_and_only_a_download_needs_its_checksum(
         tmp_path, cache, monkeypatch):
+    """The toy task has its own table."""
     answer(monkeypatch, Reply(b'{"a": ["b"]}'), Reply(b'{"a": ["b"]}'))
     with pytest.raises(data.InputError, match=f"sha256 .* {cache}/counterfitted_neighbors.json$"):
         data.load_neighbors()
     (tmp_path / "counterfitted_neighbors.json").write_text('{"a": ["c"]}')
     assert data.load_neighbors(data_dir=tmp_path) == {"a": ["c"]}
-    (tmp_path / "counter-fitted-vectors.txt").write_text("a 1 2\n")
-    assert data.load_neighbors("vectors", tmp_path, Counter("a")) == {}
-
-
-def test_a_run_without_neighbors_has_vectors_and_the_toy_its_own_table(tmp_path):
-    s = SimpleNamespace(task="own", neighbors=None, data_dir=tmp_path)
-    task = SimpleNamespace(train=[data.Example((("a",),), 0)])
-    (tmp_path / "counter-fitted-vectors.txt").write_text("a 1 2\n")
-    assert data.open_table(s, task) == {}
     assert "film" in data.open_table(SimpleNamespace(task="toy", neighbors=None), None)
 
 
@@ -427,7 +404,6 @@ def test_a_given_dev_split_pairs_bom_crlf_and_spaces_around_labels_are_read(tmp_
      "train without dev's part: 1000 examples would be 500 of each class, wanted 1 to 8 .class"),
     (dict(test_size=1), "test: 1 examples would be 0 of each class, wanted 1 to"),
     (dict(train_size=2), "has 1 training examples"), (dict(split_seed=-1), "split seed -1"),
-    (dict(task="imbd"), "/imbd: no such folder; wanted"),
     (dict(task="toy", test_size=1), "toy: test: 1 texts, wanted at least 2"),
 ])
 def test_sizes_that_cannot_be_had_are_refused(tmp_path, plain_words, change, message):
@@ -462,12 +438,12 @@ def test_imdb_is_the_same_packed_and_as_a_folder(tmp_path, plain_words, capsys):
 
 
 def snli_archive(path):
-    with zipfile.ZipFile(path, "w") as archive:
-        for split in ("train", "dev", "test"):
-            rows = [dict(gold_label=label, sentence1=f"{split} P", sentence2=f"H {label}")
-                    for label in ("neutral", "-", "contradiction", "entailment")]
-            archive.writestr(f"snli_1.0/snli_1.0_{split}.jsonl", "\n".join(map(json.dumps, rows)))
-        archive.writestr("__MACOSX/snli_1.0/._snli_1.0_train.jsonl", b"\xff")
+    files = {"__MACOSX/snli_1.0/._snli_1.0_train.jsonl": b"\xff"}
+    for split in ("train", "dev", "test"):
+        rows = [dict(gold_label=label, sentence1=f"{split} P", sentence2=f"H {label}")
+                for label in ("neutral", "-", "contradiction", "entailment")]
+        files[f"snli_1.0/snli_1.0_{split}.jsonl"] = "\n".join(map(json.dumps, rows))
+    path.write_bytes(zipped(files))
     return path
 
 
@@ -503,8 +479,8 @@ PAIR = '{"gold_label": "-", "sentence1": "", "sentence2": ""}\n'
     ("train.tsv", GOOD + "a\n", r"train.tsv, line 8: \['a'\] has 1 columns, wanted 'label\\ttext'"),
     ("train.tsv", GOOD + " \tx\n", "line 8: .*has no label"),
     ("train.tsv", GOOD + "a\t\"He said \"\"great\"\" film\"\n", "line 8: .*is quoted.*QUOTE_NONE"),
-    ("train.tsv", GOOD + "a \tx\n", "line 8: label 'a ' is 'a' further up: wanted one spelling"),
-    ("train.tsv", GOOD + "A\tx\n", "line 8: label 'A' is 'a' further up: wanted one spelling"),
+    *[("train.tsv", GOOD + f"{label}\tx\n", f"line 8: label '{label}' is 'a' further up: want")
+      for label in ("a ", "A")],
     ("train.tsv", "label\ttext\n1\tx\n0\ty\n1.0\tz\n", "line 4: label '1.0' is '1' further up"),
     ("train.tsv", "label\ttext\na\tx\na\ty\n", "train.tsv: only one class, 'a'"),
     ("train.tsv", b"label\ttext\na\tx\na\t\xff\n", "train.tsv, line 3: not UTF-8 .byte 0xff"),
@@ -513,14 +489,11 @@ PAIR = '{"gold_label": "-", "sentence1": "", "sentence2": ""}\n'
     ("snli_1.0_train.jsonl", PAIR + "{}", "train.jsonl, line 2: '{}', wanted JSON with the str"),
     ("snli_1.0_train.jsonl", PAIR.replace("-", "neutrl"), "line 1: .*neutrl.*neutral or -"),
     ("t.json", "[" * 100_000, "t.json: damaged, or not the kind of"),
-    ("t.json", '{"a": "b"}', "'a' maps to b, wanted a list"),
-    ("t.json", '{"a": [1]}', "'a' maps to .1., wanted"),
-    ("t.json", '{"a": ["b c"]}', "'a' maps to .'b c'."),
-    ("t.json", '{"a": ["B"]}', "'a' maps to .'B'."),
-    ("t.json", '{"a": ["\\ud800"]}', "'a' maps to"),
-    ("v.txt", "a 1 2\nb 1\n", "v.txt, line 2: 'b 1', wanted a word and 2 numbers"),
-    ("v.txt", "a 1 2\nb 1 nan\n", "line 2: 'b 1 nan', wanted"),
-    ("v.txt", "a 1 2\nb 1 x\n", "line 2: 'b 1 x', wanted"),
+    ("t.json", '{"a": ["b c"]}', "t.json: 'a' maps to .'b c'., wanted a list of single lower-case"),
+    *[("t.json", f'{{"a": {value}}}', "'a' maps to .*, wanted a list of single lower-case words")
+      for value in ('"b"', "5", "[1]", '["B"]', '["\\ud800"]')],
+    *[("v.txt", f"a 1 2\n{line}\n", f"v.txt, line 2: '{line}', wanted a word and 2 numbers")
+      for line in ("b 1", "b 1 nan", "b 1 x")],
     ("v.txt", "z 1 2\n", "none of the 1 training words"),
 ])
 def test_bad_files_are_refused_by_file_line_and_value(tmp_path, name, content, message):
@@ -556,9 +529,7 @@ def test_vector_neighbours_are_near_frequent_and_in_order(tmp_path):
     counts = Counter({f"w{i}": 5000 - i // 5 for i in range(2498, -1, -2)} | {"no-vector": 9999})
     lines = "".join(f"{word} {' '.join(map(str, row))}\n" for word, row in vectors.items())
     (tmp_path / "v.txt").write_text(lines)
-    with zipfile.ZipFile(tmp_path / "v.zip", "w") as archive:
-        archive.writestr("v.txt", lines)
-        archive.writestr("__MACOSX/._v.txt", b"\xff")
+    (tmp_path / "v.zip").write_bytes(zipped({"v.txt": lines, "__MACOSX/._v.txt": b"\xff"}))
     kept = sorted(counts, key=lambda word: (-counts[word], word))[1:1202]
     X = np.stack([vectors[word] for word in kept])
     table = data.vector_neighbors(tmp_path / "v.txt", counts, 5, 0.105, vocabulary=1202, skip=11)
@@ -596,13 +567,8 @@ def bert(folder):
 
 
 def roberta(folder):
-    corpus = ["a good film , a great movie , a fine café . the man is an actor </s> <mask>"] * 50
-    bpe = ByteLevelBPETokenizer()
-    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    bpe.train_from_iterator(corpus, vocab_size=400, min_frequency=2, special_tokens=specials,
-                            show_progress=False)
-    bpe.save_model(str(folder))
-    return RobertaTokenizer.from_pretrained(str(folder))
+    return byte_level_bpe(folder, "a good film , a great movie , a fine café . the man is an actor "
+                                  "</s> <mask>")
 
 
 @pytest.fixture(params=[bert, roberta])
@@ -709,42 +675,17 @@ def test_the_premise_is_kept_and_the_hypothesis_cut(tmp_path):
     assert data.Vocabulary(bert(tmp_path), 3).visible((tuple("ab"), tuple("cd"))) == ((), ())
 
 
-def test_copies_of_a_vocabulary_are_independent(tokenizer):
-    """A pickled one too. What was looked up before is not shared."""
-    vocabulary = data.Vocabulary(tokenizer, 12, NEIGHBORS)
-    before = vocabulary.token("film"), vocabulary.candidates("film")
-    for other in (copy.deepcopy(vocabulary), pickle.loads(pickle.dumps(vocabulary))):
-        assert (other.token("film"), other.candidates("film")) == before
-        other.neighbors["good"] = ["film"]
-        assert list(other.candidates("good").values()) == ["good", "film"]
-        other.token_of["man"] = 0
-    assert "great" in vocabulary.candidates("good").values() and vocabulary.token("man") != 0
-
-
-@pytest.mark.parametrize("text, unknown, share", [
-    ("a good film man", "piece", 0), ("a good xs films", "piece", 1 / 4),
-    ("a good xs films", "unk", 2 / 4), ("\u4f60\u597d \u4e16\u754c", "piece", 1)])
-def test_the_share_of_words_that_the_tokenizer_does_not_know(tmp_path, text, unknown, share):
-    """They become [UNK] or, although longer, a single letter. Words cut off do not count."""
-    vocabulary = data.Vocabulary(bert(tmp_path), 6, unknown=unknown)
-    examples = [data.Example(data.from_text(text + " zzz" * 4), 0)] * 3
-    cut = [data.Example((x.words[0][:4],), 0) for x in examples]
-    assert data.unknown_share(vocabulary, cut) == data.unknown_share(vocabulary, examples) == share
+@pytest.mark.parametrize("kind, text, unknown, share", [
+    (bert, "a good film man", "piece", 0), (bert, "a good xs films", "piece", 1 / 4),
+    (bert, "a good xs films", "unk", 2 / 4), (bert, "\u4f60\u597d \u4e16\u754c", "piece", 1),
+    (roberta, "good film café \u4f60\u597d", "piece", 1 / 4)])
+def test_the_share_of_words_that_the_tokenizer_does_not_know(tmp_path, kind, text, unknown, share):
+    """They become [UNK] or, although longer, a single letter, of byte-level BPE a single byte.
+    Words cut off do not count."""
+    vocabulary, words = data.Vocabulary(kind(tmp_path), 6, unknown=unknown), tuple(text.split())
+    examples = [data.Example(((words + ("zzz",) * 4)[:n],), 0) for n in (4, 8) for _ in range(3)]
+    assert data.unknown_share(vocabulary, examples) == share
     assert data.unknown_share(vocabulary, []) == 0
-
-
-def test_the_share_of_unknown_words_of_byte_level_bpe(tmp_path):
-    """Of a Chinese word only the first byte is left."""
-    vocabulary = data.Vocabulary(roberta(tmp_path), 9)
-    examples = [data.Example((("good", "film", "café", "\u4f60\u597d"),), 0)]
-    assert data.unknown_share(vocabulary, examples) == 1 / 4
-
-
-def test_the_share_of_pairs_without_room_for_the_second_text(tmp_path):
-    vocabulary = data.Vocabulary(bert(tmp_path), 8)
-    pairs = [(("a",) * n, ("film",) * m) for n, m in [(5, 3), (4, 3), (9, 1), (9, 0)]]
-    assert data.no_room_share(vocabulary, [data.Example(x, 0) for x in pairs]) == 2 / 4
-    assert data.no_room_share(vocabulary, [data.Example((("a",) * 99,), 0)]) == 0
 
 
 # ---- Batches -------------------------------------------------------------------------------------
@@ -804,18 +745,15 @@ def test_an_encoder_of_another_architecture_is_refused(tmp_path, model_folder, c
 
 def test_heads_of_pre_training_may_be_there_and_no_bar_is_shown(tmp_path, model_folder, capfd):
     """The old buffer of position ids may be there too. The library's own setting stays."""
-    folder = shutil.copytree(model_folder, tmp_path / "model")
-    kind = model_folder.name
+    folder, kind = shutil.copytree(model_folder, tmp_path / "model"), model_folder.name
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     tensors = {f"{kind}.{name}": tensor for name, tensor in tensors.items()}
     tensors |= {"cls.predictions.bias": torch.zeros(3), "lm_head.bias": torch.zeros(3),
                 f"{kind}.embeddings.position_ids": torch.arange(34)[None]}
     safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    bars = transformers.utils.logging
-    bars.enable_progress_bar()
-    encoder, _ = data.load_encoder(folder)
-    assert bars.is_progress_bar_enabled() and capfd.readouterr().err == ""
-    there, _ = data.load_encoder(model_folder)
+    transformers.utils.logging.enable_progress_bar()
+    encoder, there = (data.load_encoder(path)[0] for path in (folder, model_folder))
+    assert transformers.utils.logging.is_progress_bar_enabled() and capfd.readouterr().err == ""
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), there.parameters()))
 
 
@@ -823,9 +761,12 @@ def test_heads_of_pre_training_may_be_there_and_no_bar_is_shown(tmp_path, model_
     ("cpu", {"avx2": True, "avx512_bf16": False, "amx_bf16": False}, True),
     ("cpu", {"avx512_bf16": False, "amx_bf16": True}, False), ("cpu", {"bf16": True}, False),
     ("cpu", {"architecture": "riscv"}, False), ("cuda", {"avx512_bf16": False}, False)])
-def test_bf16_is_slow_on_a_cpu_without_instructions_for_it(monkeypatch, name, capabilities, slow):
+def test_bf16_is_slow_on_a_cpu_without_instructions_for_it(
+        monkeypatch, capsys, name, capabilities, slow):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert data.bf16_is_slow(torch.device(name)) == slow
+    data.warn_of_slow_bf16(["fp32"], torch.device(name))
+    data.warn_of_slow_bf16(["fp32", "bf16"], torch.device(name))
+    assert capsys.readouterr().err.count("no bf16 arithmetic") == slow
 
 
 # ---- Command lines -------------------------------------------------------------------------------

@@ -2,22 +2,20 @@
 
 With dropout off and the adversary's start given, the losses and gradients of two processes that
 share a batch are the single process's, for two classes and for three, for texts of one class and
-for the marginal bound. Under torchrun they leave one run's files; when a process dies all stop, and
-the run goes on from its last epoch, with as many processes as before.
+for the marginal bound. As torchrun starts them they leave one run's files; when one dies all stop,
+and the run goes on from its last epoch, with as many processes as before.
 """
 import os
-import subprocess
+import socket
 import sys
 from collections import Counter
 from datetime import timedelta
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 import data
 import eval
@@ -25,6 +23,7 @@ import rift
 import train
 from tests.conftest import save_model, tiny_encoder, write_task
 from tests.test_rift import example, start
+from tests.test_robustness import children, enter
 
 CASES = [("standard", 2), ("adv-ptwd", 2), ("rift", 2), ("rift", 3), ("rift-marginal", 3)]
 
@@ -63,25 +62,19 @@ def one_of_two(rank, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """The folder in which two processes have left their losses and gradients for every case."""
-    folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(one_of_two, (str(folder),), nprocs=2)
-    return folder
-
-
-@pytest.mark.parametrize("method, C", CASES)
-def test_two_processes_are_one(two_processes, method, C):
-    terms, _, gradients = losses_and_gradients(method, C)
-    both = [data.load_tensors(two_processes / f"{method}-{C}-{rank}") for rank in (0, 1)]
-    for gradients_2, about in both:
-        assert about["means"] == pytest.approx(terms, rel=1e-4, abs=1e-6)
-        assert about["own"].get("info", 0) == pytest.approx(terms.get("info", 0), rel=1e-4)
-        assert gradients_2.keys() == gradients.keys()
-        for name, gradient in gradients.items():
-            atol = 1e-4 * gradient.abs().max().item() + 1e-8
-            assert torch.allclose(gradients_2[name], gradient, 1e-4, atol), name
+def test_two_processes_are_one(tmp_path):
+    """Of every case they leave their losses and gradients in a folder."""
+    assert children(one_of_two, (0, tmp_path), (1, tmp_path)) == [0, 0]
+    for method, C in CASES:
+        terms, _, gradients = losses_and_gradients(method, C)
+        for rank in (0, 1):
+            gradients_2, about = data.load_tensors(tmp_path / f"{method}-{C}-{rank}")
+            assert about["means"] == pytest.approx(terms, rel=1e-4, abs=1e-6)
+            assert about["own"].get("info", 0) == pytest.approx(terms.get("info", 0), rel=1e-4)
+            assert gradients_2.keys() == gradients.keys()
+            for name, gradient in gradients.items():
+                atol = 1e-4 * gradient.abs().max().item() + 1e-8
+                assert torch.allclose(gradients_2[name], gradient, 1e-4, atol), (method, C, name)
 
 
 def test_the_shares_make_up_the_batch():
@@ -97,8 +90,8 @@ def test_the_shares_make_up_the_batch():
 def arguments_for(folder):
     """A command line of train.py, for a task and a model that are made in this folder."""
     task, bert = write_task(folder / "task"), save_model(folder / "bert", "bert")
-    return [*map(str, ["--task", task, "--model", bert, "--neighbors", task / "neighbors.json",
-                       "--out", folder / "runs", "--max-len", 16, "--device", "cpu"])]
+    return (f"--task {task} --model {bert} --neighbors {task}/neighbors.json --out {folder}/runs "
+            "--max-len 16 --device cpu").split()
 
 
 def test_a_batch_too_small_to_share_is_left_out(plain_words, tmp_path, monkeypatch):
@@ -126,9 +119,8 @@ def test_how_processes_start(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", own_gpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    for name, value in dict(WORLD_SIZE="8", RANK="3", LOCAL_RANK="3", MASTER_ADDR="localhost",
-                            MASTER_PORT="1").items():
-        monkeypatch.setenv(name, value)
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "3")
     for device, backend in (("cpu", "gloo"), ("cuda", "nccl")):
         monkeypatch.setattr(data, "pick_device", lambda name: torch.device(name))
         with pytest.raises(SystemExit):
@@ -140,43 +132,47 @@ def test_how_processes_start(monkeypatch):
 
 # ---- torchrun ------------------------------------------------------------------------------------
 
-SCRIPT = """
-import os, sys
-import data, rift, train
-data.prepare_nltk, data.words_of = (lambda *args, **kwargs: None), lambda text: text.lower().split()
-dies, objective, steps = sys.argv.pop(1), rift.objective, []
-def dying(*args):
-    steps.append(1)
-    if dies == os.environ["RANK"] and len(steps) == 6:
-        os._exit(3)
-    return objective(*args)
-rift.objective = dying
-train.main(sys.argv[1:])
-"""
+
+def one_of_torchruns(rank, port, folder, dies, *arguments):
+    """train.py in one of two processes; if it is the one that dies, it does so in its 6th step."""
+    enter(folder)
+    os.environ |= dict(WORLD_SIZE="2", RANK=str(rank), MASTER_ADDR="localhost",
+                       MASTER_PORT=str(port))
+    sys.stdout = open(folder / f"stdout-{rank}", "w")
+    objective, steps = rift.objective, []
+
+    def dying(*args):
+        steps.append(1)
+        if rank == dies and len(steps) == 6:
+            os._exit(3)
+        return objective(*args)
+
+    rift.objective = dying
+    train.main(arguments)
 
 
 def test_torchrun_leaves_one_run_and_stops_when_a_process_dies(tmp_path, plain_words, capsys):
     """The one that dies does so in the second epoch."""
-    (tmp_path / "script.py").write_text(SCRIPT)
     arguments = [*arguments_for(tmp_path), *"--epochs 3 --batch-size 8 --adv-steps 2".split()]
     run = tmp_path / "runs" / "rift"
 
     def torchrun(dies, *more):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                   "--nproc-per-node", "2", tmp_path / "script.py", dies, *arguments, *more]
-        paths = {"PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, capture_output=True, text=True, env=os.environ | paths)
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        return children(one_of_torchruns, *[
+            (rank, port, tmp_path, dies, *arguments, *more) for rank in (0, 1)])
 
     def epochs():
         return [line["epoch"] for line in data.read_lines(run / "log.jsonl")]
 
-    assert torchrun("1").returncode != 0
+    assert 0 not in torchrun(1)
     assert not (run / "metrics.json").exists() and epochs() == [1]
     with pytest.raises(SystemExit):
         train.main([*arguments, "--resume"])
     assert "--resume with processes 1, but the run was started with 2" in capsys.readouterr().err
-    ended = torchrun("none", "--resume")
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    assert ended.stdout.count("test clean") == 1 and epochs() == [1, 2, 3]
+    assert torchrun(None, "--resume") == [0, 0] and epochs() == [1, 2, 3]
+    said = [(tmp_path / f"stdout-{rank}").read_text() for rank in (0, 1)]
+    assert said[0].count("test clean") == 1 and said[1] == ""
     assert not list(run.rglob("*.tmp")) and not (run / "checkpoint.safetensors").exists()
     eval.load_run(run, "cpu")

@@ -1,13 +1,13 @@
 """Evaluation: finished runs become functions, are attacked, compared and drawn (eval.py).
 
-A run loads to the predictions that it was trained to. Every run of a comparison is attacked on the
-same texts. Robust accuracy is what a recount of attacks.jsonl gives and never exceeds clean
-accuracy. An evaluation that was interrupted anywhere ends like one that was not. Intervals are the
-textbook's. All of it on real runs of tiny models, made by train.main: BERT on texts of two classes,
-RoBERTa on pairs of three. What bad input leads to is in test_robustness.py.
+Every run of a comparison is attacked on the same texts. Robust accuracy is what a recount of
+attacks.jsonl gives and never exceeds clean accuracy. An evaluation that was interrupted anywhere
+ends like one that was not. Intervals are the textbook's. All of it on real runs of tiny models,
+made by train.main: BERT on texts of two classes, RoBERTa on pairs of three. What bad input leads to
+is in test_robustness.py, that a run predicts what it did as it was trained in test_train.py.
 """
-import copy
 import csv
+import functools
 import io
 import itertools
 import json
@@ -32,7 +32,6 @@ import eval
 import train
 from tests.conftest import TABLE, save_model, write_task
 
-LOAD_NEIGHBORS = data.load_neighbors
 METHODS = ("standard", "adv", "rift")
 FILES = ("attacks.jsonl", "eval.json", "metrics.json")
 BOTH = ["--attacks", "pwws", "genetic", "--population", "6", "--generations", "3"]
@@ -97,37 +96,24 @@ def swaps(run, attack):
 # ---- A run is a function -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind, method", [("texts", "standard"), ("texts", "rift"),
-                                          ("pairs", "rift")])
-def test_a_run_loads_to_the_predictions_of_training(runs, kind, method):
-    """The loaded run has the clean and the hull accuracy that training measured and wrote down."""
-    run = runs[kind] / method
-    metrics, examples = data.read_json(run / "metrics.json"), examples_of(run)
-    victim = eval.load_run(run, "cpu")
-    P = victim([data.to_text(x.words) for x in examples])
-    assert P.shape == (len(examples), {"texts": 2, "pairs": 3}[kind]) and P.dtype == np.float32
-    assert np.allclose(P.sum(1), 1, atol=1e-6)
-    assert eval.accuracy(examples, P.argmax(1)) == metrics["clean"]
-    search = eval.search_settings(eval.settings_of(run)[0])
-    predictions, texts, S = eval.hull_attack(victim, examples, **search)
-    assert eval.accuracy(examples, P.argmax(1), predictions) == metrics["hull"]
-    # of the adversarial texts themselves, which are others
+def test_the_hull_attack_is_against_the_label(runs):
+    """It takes more probability from the class that it is told than from the other one. What it
+    returns are other texts, and their features."""
+    run = runs["texts"] / "standard"
+    victim, examples = eval.load_run(run, "cpu"), examples_of(run)
+    told = [examples, [x._replace(y=1 - x.y) for x in examples]]
+    found = [eval.hull_attack(victim, some, steps=3) for some in told]
+    P, P_other = (victim.probabilities(S) for _, _, S in found)
+    rows, y = np.arange(len(examples)), [x.y for x in examples]
+    assert P[rows, y].mean() < P_other[rows, y].mean() - 0.01
+    _, texts, S = found[0]
     assert torch.allclose(S, victim.features(texts), atol=1e-5)
     assert texts != [victim.vocabulary.visible(x.words) for x in examples]
 
 
-def test_the_hull_attack_is_against_the_label(runs):
-    """It takes more probability from the class that it is told than from the other one."""
-    run = runs["texts"] / "standard"
-    victim, examples = eval.load_run(run, "cpu"), examples_of(run)
-    told = [examples, [x._replace(y=1 - x.y) for x in examples]]
-    P, P_other = (victim.probabilities(eval.hull_attack(victim, some, steps=3)[2]) for some in told)
-    rows, y = np.arange(len(examples)), [x.y for x in examples]
-    assert P[rows, y].mean() < P_other[rows, y].mean() - 0.01
-
-
 def test_batches_do_not_matter(runs):
-    """A text has its probabilities whatever is beside it, and in the hull noise of its own."""
+    """A text has its probabilities whatever is beside it, and in the hull noise of its own. Those
+    of like length are together, so that little is padded."""
     run = runs["pairs"] / "rift"
     examples = examples_of(run)
     texts = [data.to_text(x.words) for x in examples]
@@ -139,30 +125,13 @@ def test_batches_do_not_matter(runs):
         assert few == all[:5]
     assert len(set(eval.hull_attack(large, examples[:1] * 20, steps=0)[1])) > 1
     assert large([]).shape == (0, 3)
-
-
-def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path):
-    """Every text would be nothing but [UNK]."""
-    folder = save_model(tmp_path / "bert", "bert")
-    assert data.load_encoder(folder)
-    train.bert_tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]).save_pretrained(folder)
-    with pytest.raises(data.InputError, match="its tokenizer knows none of the words 'the', 'a'"):
-        data.load_encoder(folder)
-
-
-def test_texts_of_similar_length_share_a_batch(runs):
-    """So that little is padded; each text is in one batch."""
-    victim = eval.load_run(runs["texts"] / "rift", batch_size=8)
-    lengths = np.random.default_rng(0).integers(1, 9, 50).tolist()
-    batches = [rows for rows, _ in victim.batches([(("good",) * n,) for n in lengths])]
-    assert sorted(sum(batches, [])) == list(range(50)) and max(map(len, batches)) == 8
-    assert [lengths[i] for rows in batches for i in rows] == sorted(lengths)
+    in_order = [rows for rows, _ in small.batches([(("good",) * n,) for n in (3, 1, 2)])]
+    assert in_order == [[1], [2], [0]]
 
 
 @pytest.mark.parametrize("kind, texts, message", [
     ("texts", "a great film", "is one text, not a list of texts"),
     ("texts", [("a movie", "a film")], "the model reads a string each"),
-    ("pairs", ["a great film"], "the model reads a pair of strings each"),
     ("pairs", [("a", 2)], "the model reads a pair of strings each"),
 ])
 def test_what_is_no_list_of_texts_is_an_error(runs, kind, texts, message):
@@ -175,40 +144,26 @@ def test_texts_of_one_key_are_one_text_to_the_model(runs):
     victim = eval.load_run(runs["pairs"] / "rift", "cpu")
     long = [("this movie", "good " * 16), ("this movie", "good " * 16 + "bad")]
     assert victim.key(long[0]) == victim.key(long[1]) and np.array_equal(*victim(long))
+    assert victim.visible(long[0]) == 16 - 3 - 2        # not special tokens, not the premise
     different = [("this movie", "good movie"), ("this movie", "movie good"), ("this movie", "good"),
                  ("this", "movie good movie"), ("", "this movie good movie"), ("this movie", "")]
     assert len(set(map(victim.key, different))) == len(different)
 
 
-@pytest.mark.parametrize("kind, premise, sees", [("texts", None, 14), ("pairs", 4, 9),
-                                                 ("pairs", 13, 0), ("pairs", 30, 0)])
-def test_words_that_a_run_does_not_see_are_not_attacked(runs, kind, premise, sees):
-    """Of 16 tokens 14 are words of a text; of a pair 13, the premise's first. Attacks ask this."""
-    long = " ".join(["good movie"] * 100)
-    text = long if premise is None else (" ".join(["plot"] * premise), long)
-    assert eval.load_run(runs[kind] / "rift", "cpu").visible(text) == sees
-
-
 def test_a_run_in_ones_own_program_is_a_quiet_function(run, capfd):
-    """Loading it leaves the random numbers as they were and prints nothing; a copy of it, pickled
-    or deep, is the same function with a vocabulary of its own."""
+    """Loading it leaves the random numbers as they were and prints nothing; it can be pickled."""
     before = torch.get_rng_state()
     victim = eval.load_run(run, "cpu")
     assert torch.equal(torch.get_rng_state(), before) and capfd.readouterr() == ("", "")
     texts = ["a good movie", "this bad film was dull"]
-    for other in (pickle.loads(pickle.dumps(victim)), copy.deepcopy(victim)):
-        assert np.array_equal(other(texts), victim(texts))
-        assert other.vocabulary is not victim.vocabulary
-        other.vocabulary.neighbors["good"] = ["awful"]
-        assert victim.vocabulary.neighbors["good"] == TABLE["good"]
+    assert np.array_equal(pickle.loads(pickle.dumps(victim))(texts), victim(texts))
 
 
 # ---- Accuracy, and how certain it is -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("successes, n, low, high", [
-    (8, 10, 0.4902, 0.9433), (0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (50, 100, 0.4038, 0.5962),
-    (1, 1, 0.2065, 1)])
+    (8, 10, 0.4902, 0.9433), (0, 10, 0, 0.2775), (50, 100, 0.4038, 0.5962), (1, 1, 0.2065, 1)])
 def test_wilson(successes, n, low, high):
     assert eval.wilson(successes, n) == pytest.approx((low, high), abs=2e-4)
     # rounding alone would take it below 0, and it would be printed as -0.000
@@ -261,38 +216,39 @@ def evaluation(clean, robust, method="adv", **settings):
                            {"pwws": []}, {"pwws": {"unknown": "NULL", "max_queries": None}}, [])
 
 
-def test_the_gain_in_the_trade_off_is_that_over_the_interpolated_curve():
+@pytest.fixture
+def few_draws(monkeypatch):
+    """Intervals that are found faster."""
+    monkeypatch.setattr(eval, "bootstrap", functools.partial(eval.bootstrap, draws=500))
+
+
+def test_the_gain_in_the_trade_off_is_that_over_the_interpolated_curve(few_draws):
     """0.1 above the line between two points, 0.1 above an end that is held; 0 above itself."""
     adv = {1.0: [evaluation(0.8, 0.3)], 5.0: [evaluation(0.6, 0.5)]}
     rift = {1.0: [evaluation(0.9, 0.4)], 5.0: [evaluation(0.7, 0.5)]}
     gain, low, high = eval.tradeoff_gain(adv, rift, "pwws")
     assert gain == pytest.approx(0.1) and low < gain < high
-    assert eval.tradeoff_gain(adv, adv, "pwws") == (0, 0, 0)
     several = {beta: [*same, *same] for beta, same in adv.items()}
-    assert eval.tradeoff_gain(several, several, "pwws") == (0, 0, 0)
+    for points in (adv, several):
+        assert eval.tradeoff_gain(points, points, "pwws") == (0, 0, 0)
 
 
 # ---- Several runs --------------------------------------------------------------------------------
 
 
 def test_runs_are_averaged_over_seeds_only():
-    """Runs that differ in more are separate and say in what; where data are found is no setting."""
-    same = [evaluation(0.5, 0.5, seed=seed, alpha=0.1, data_dir=f"{seed}") for seed in (0, 1)]
-    rift = [evaluation(0.5, 0.5, "rift", alpha=alpha, data_dir="0") for alpha in (0.1, 0.5)]
+    """Runs that differ in more are separate and say in what. A weight that the method does not use
+    is no setting, and paths are none; what they hold is."""
+    same = [evaluation(0.5, 0.5, seed=i, alpha=i, data_dir=f"{i}", model=f"{i}/toy",
+                       neighbors=f"{i}/x.json", task=f"{i}") for i in (0, 1)]
+    rift = [evaluation(0.5, 0.5, "rift", alpha=alpha) for alpha in (0.1, 0.5)]
     expected = {"adv": same, "rift alpha 0.1": rift[:1], "rift alpha 0.5": rift[1:]}
     assert eval.by_settings([*same, *rift]) == expected
     assert eval.by_settings([*same, *rift], "alpha") == {"adv": same, "rift": rift}
-
-
-def test_paths_do_not_make_another_method_but_what_they_hold_does():
-    """A model in another folder is the same one; another model in the same folder is not."""
-    a = evaluation(0.5, 0.5, model="here/toy", neighbors="x.json", task="t")
-    moved = evaluation(0.5, 0.5, seed=1, model="there/toy", neighbors="./x.json", task="/t")
-    assert eval.by_settings([a, moved]) == {"adv": [a, moved]}
-    other = evaluation(0.5, 0.5, model="here/toy", fingerprints=a.run.fingerprints | {
-        "encoder": "another"})
-    named = eval.by_settings([a, other])
-    assert named == {"adv encoder here/toy (e)": [a], "adv encoder here/toy (anothe)": [other]}
+    prints = same[0].run.fingerprints | {"encoder": "another"}
+    other = evaluation(0.5, 0.5, model="0/toy", fingerprints=prints)
+    assert eval.by_settings([*same, other]) == {"adv encoder 0/toy (e)": same,
+                                                "adv encoder 0/toy (anothe)": [other]}
 
 
 def report(capsys, *evaluations, more=()):
@@ -336,44 +292,34 @@ def test_the_table_recounts_the_lines_of_the_attacks(capsys, tmp_path):
 
 
 def test_methods_are_compared_by_mean_and_spread(capsys):
-    """0.5 and 1.0 are 0.75 on average, sd 0.354. A star marks an interval over texts only."""
-    out = report(capsys, *[evaluation(1, x, seed=x) for x in (0.5, 1.0)],
-                 *[evaluation(1, x, "rift", seed=x) for x in (0.25, 0.75)],
-                 evaluation(0.9, 0, "standard"))
+    """0.5 and 1.0 are 0.75 on average, sd 0.354. A star marks an interval over texts only. standard
+    is the reference wherever it is, without one the first run is."""
+    adv = [evaluation(1, x, seed=x) for x in (0.5, 1.0)]
+    rift = [evaluation(1, x, "rift", seed=x) for x in (0.25, 0.75)]
+    out = report(capsys, *adv, *rift, evaluation(0.9, 0, "standard"))
     rows = {tuple(line.split()[:3]): line for line in out.splitlines()}
     assert rows["adv", "2", "1.000"].split("  ")[-1] == "0.750 (sd 0.354)"
     assert rows["standard", "1", "0.900"].split() == ["standard", "1", "0.900", "0.000"]
     assert "over texts and runs; *: over texts" in out
     assert rows["rift", "-", "adv"].endswith("]") and "-0.250 [" in rows["rift", "-", "adv"]
-    for method in ("adv", "rift"):                              # standard comes last, but is less
-        assert rows[method, "-", "standard"].endswith("]*")
+    for method, gain in (("adv", "+0.750 ["), ("rift", "+0.500 [")):
+        row = rows[method, "-", "standard"]
+        assert gain in row and row.endswith("]*")
+    assert "\nadv - rift " in report(capsys, *rift, *adv)
 
 
-def test_standard_is_the_reference_wherever_it_is(capsys):
-    """Without one the first run is. A difference is named by the methods."""
-    standard, adv, rift = (evaluation(0.9, x, m) for x, m in zip((0.1, 0.4, 0.6), METHODS))
-    out = report(capsys, rift, standard, adv)
-    differences = out.split("Differences on the same texts")[1].splitlines()[2:]
-    assert [line.split()[:3] for line in differences] == [
-        ["rift", "-", "standard"], ["adv", "-", "standard"], ["adv", "-", "rift"]]
-    assert "+0.500 [" in differences[0] and all(line.endswith("]*") for line in differences)
-    assert "\nadv - rift " in report(capsys, rift, adv)
-
-
-def test_several_betas_are_compared_along_the_trade_off(capsys):
+def test_several_betas_are_compared_along_the_trade_off(capsys, few_draws):
     """Within the range of adv's clean accuracy; a beta beyond it has a line of its own."""
     runs = [evaluation(1 - beta / 10, beta / 10 + 0.2 * (m == "rift"), m, beta=beta, seed=seed)
             for m in ("adv", "rift") for beta in (2, 5) for seed in (0, 1)]
-    said = ("rift against adv at the same clean accuracy, pwws, mean over the 2 of 2 betas within "
-            "adv's range: +0.200 [")
-    assert said in report(capsys, *runs)
-    starred, = [x for x in report(capsys, *runs[1:]).splitlines() if x.startswith("rift against")]
-    assert starred.endswith("]*")                               # adv has one run with beta 2
     more = [evaluation(0.4, 0.8, "rift", beta=6, seed=seed) for seed in (0, 1)]
     more += [evaluation(0.9, 0.1, "standard", beta=beta) for beta in (2, 5)]
-    said = [x for x in report(capsys, *runs, *more).splitlines() if " against adv" in x]
-    assert len(said) == 2 and "the 2 of 3 betas within adv's range: +0.200 [" in said[0]
-    assert "beta 6, beyond the ends of adv's curve: +0.300 [" in said[1]
+    within, beyond = [x for x in report(capsys, *runs, *more).splitlines() if " against adv" in x]
+    assert within.startswith("rift against adv at the same clean accuracy, pwws, mean over the 2 "
+                             "of 3 betas within adv's range: +0.200 [")
+    assert "beta 6, beyond the ends of adv's curve: +0.300 [" in beyond and "]*" not in beyond
+    starred, = [x for x in report(capsys, *runs[1:]).splitlines() if x.startswith("rift against")]
+    assert starred.endswith("]*")                               # adv has one run with beta 2
 
 
 # ---- Evaluations ---------------------------------------------------------------------------------
@@ -398,9 +344,6 @@ def test_the_figures_are_a_recount_of_the_lines(runs, kind, capsys):
     if kind == "texts":         # the three-class model is near chance: it need not fall
         assert 0 < sum(line["success"] for line in lines) < len(lines)
     for line in lines:
-        assert list(line) == ["index", "attack", "label", "original", "adversarial", "success",
-                              "prediction", "words_changed", "queries", "stopped", "substitutable",
-                              "made_with"]
         x = examples[line["index"]]
         *premise, old = data.from_text(line["original"])
         *kept, new = data.from_text(line["adversarial"])
@@ -420,16 +363,19 @@ def test_the_figures_are_a_recount_of_the_lines(runs, kind, capsys):
 
 
 def test_every_run_is_attacked_on_the_same_texts(runs, capsys):
-    """They depend on --seed; no attack asks for more texts than --max-queries."""
+    """They depend on --seed. No attack asks for more texts than --max-queries; that this stopped
+    it is said beside it."""
     folders = [*(runs["texts"] / method for method in METHODS), runs["pairs"] / "rift"]
-    command = ["--attacks", "pwws", "--num-examples", 6, "--max-queries", 10]
+    command = ["--attacks", "pwws", "exhaustive", "--num-examples", 6, "--max-queries", 10]
     evaluate(*folders, *command, "--seed", 3)
-    table = capsys.readouterr().out.split("Accuracy on")[1].split("\n\n")[0].splitlines()[2:]
+    table = capsys.readouterr().out.split("Accuracy on")[1].split("\n\n")[0].splitlines()[1:]
     shown = [[str(folder), "6"] for folder in folders]
-    assert [row.split()[:2] for row in table] == shown           # two tasks share a table
+    assert [row.split()[:2] for row in table[1:]] == shown       # two tasks share a table
+    assert "exhaustive (max queries 10)  stopped" in table[0]
     lines = [line for folder in folders[:3] for line in lines_of(folder)]
     first = {line["index"] for line in lines}
     assert len(first) <= 6 and max(line["queries"] for line in lines) == 10
+    assert "exhaustive" in {line["attack"] for line in lines if line["stopped"]}
     evaluate(folders[0], *command, "--seed", 4, "--overwrite")
     assert {line["index"] for line in lines_of(folders[0])} - first
 
@@ -463,14 +409,14 @@ def test_a_text_that_another_batch_makes_wrong_is_not_robust(run, monkeypatch):
 
 @pytest.mark.parametrize("attack", [["pwws", "genetic"], ["hull"]])
 def test_an_interrupted_evaluation_ends_like_one_that_was_not(run, attack, capsys):
-    """Killed after any byte of attacks.jsonl, and stopped once more: the same table and files."""
+    """Killed after any byte of attacks.jsonl, and stopped once more: the same table and files.
+    Ctrl-C keeps the finished texts and says how to go on."""
     command = [run, *BOTH, "--attacks", *attack, "--num-examples", 12]
     evaluate(*command)
     out, files = capsys.readouterr().out, files_of(run)
     whole = files["attacks.jsonl"]
     end = whole.index("\n")
-    cuts = np.random.default_rng(0).integers(1, len(whole), size=4)
-    for cut in [0, end, end + 1, len(whole) - 1, *cuts]:
+    for cut in [0, end, end + 1, *np.random.default_rng(0).integers(1, len(whole), size=2)]:
         (run / "attacks.jsonl").write_text(whole[:cut])
         (run / "eval.json").unlink()
         with stopping(1), suppress(SystemExit):                 # unless less was left to do
@@ -478,16 +424,12 @@ def test_an_interrupted_evaluation_ends_like_one_that_was_not(run, attack, capsy
         capsys.readouterr()
         evaluate(*command)
         assert capsys.readouterr().out == out and files_of(run) == files, cut
-
-
-def test_ctrl_c_keeps_the_finished_texts_and_says_how_to_go_on(run, capsys):
     with stopping(2), pytest.raises(SystemExit) as stop:
-        evaluate(run, "--attacks", "pwws", "--overwrite")
-    error = capsys.readouterr().err.strip()
-    assert stop.value.code == 130 and error == (
-        "eval.py: stopped; finished texts are kept, and this goes on: "
-        f"python eval.py {run} --attacks pwws --device cpu")
-    assert len(lines_of(run)) == 2
+        evaluate(*command, "--overwrite")
+    assert stop.value.code == 130 and len(lines_of(run)) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "eval.py: stopped; finished texts are kept, and this goes on: python eval.py "
+        f"{' '.join(map(str, command))} --device cpu")
 
 
 def test_more_examples_and_attacks_go_on_from_the_finished_ones(run):
@@ -525,21 +467,19 @@ def test_a_look_at_fewer_texts_keeps_what_the_attacks_found_on_them(run):
 
 @pytest.mark.parametrize("more", [
     ["--seed", 1], ["--population", 7], ["--max-queries", 9], ["--precision", "bf16"],
-    ["--neighbors", "other.json"], "weights"], ids=str)
+    ["--neighbors", "other.json"], []], ids=str)
 def test_what_was_attacked_on_other_terms_is_kept_and_not_used(run, tmp_path, monkeypatch, more):
     """Both sets of lines are in the file; eval.json and what is attacked are today's alone. On the
-    old terms nothing has to be attacked again."""
+    old terms nothing has to be attacked again. []: of another model."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "other.json").write_text(json.dumps({"good": ["bad"]}))
-    command = [run, *BOTH, "--num-examples", 8]
+    data.write_json(Path("other.json"), {"good": ["bad"]})
+    command, model = [run, *BOTH, "--num-examples", 8], run / "model.safetensors"
     evaluate(*command)
-    before, files = lines_of(run), files_of(run)
-    if more == "weights":
-        tensors, about = data.load_tensors(run / "model.safetensors")
-        old = (run / "model.safetensors").read_bytes()
-        tensors = {name: p * 0.9 for name, p in tensors.items()}
-        data.save_tensors(run / "model.safetensors", tensors, about)
-    evaluate(*command, *(more if more != "weights" else []))
+    before, files, weights = lines_of(run), files_of(run), model.read_bytes()
+    if not more:
+        tensors = safetensors.torch.load(weights)
+        data.save_tensors(model, {name: p * 0.9 for name, p in tensors.items()})
+    evaluate(*command, *more)
     both, summary = lines_of(run), data.read_json(run / "eval.json")
     changed = ["genetic"] if "--population" in more else ["pwws", "genetic"]
     kept = [line for line in before if line["attack"] in changed]
@@ -549,35 +489,15 @@ def test_what_was_attacked_on_other_terms_is_kept_and_not_used(run, tmp_path, mo
     for name in changed:
         right = [x["prediction"] == x["label"] for x in new if x["attack"] == name]
         assert summary[name] == sum(right) / 8
-    if more == "weights":
-        (run / "model.safetensors").write_bytes(old)
+    model.write_bytes(weights)
     with mock.patch.object(eval, "run_attack", side_effect=AssertionError("attacked again")):
         evaluate(*command)
     assert [json.loads(files_of(run)[x]) for x in FILES[1:]] == [
         json.loads(files[x]) for x in FILES[1:]]
 
 
-@pytest.mark.parametrize("second, message", [
-    ("rift", "has the settings and the seed of"),               # a copy is no second run
-    ("ptwd", "has the settings and the seed of"),               # nor is one that differs in nothing
-    ("method", "its method own is not in rift.METHODS"),
-    ("unfinished", "the run is not finished"),
-])
-def test_no_run_is_attacked_before_all_are_checked(run, tmp_path, capsys, second, message):
-    shutil.copytree(run, tmp_path / second)
-    config = data.read_json(run / "config.json")
-    config["settings"] |= {"ptwd": {"ptwd": 7}, "method": {"method": "own"}}.get(second, {})
-    data.write_json(tmp_path / second / "config.json", config)
-    if second == "unfinished":
-        (tmp_path / second / "metrics.json").unlink()
-    with pytest.raises(SystemExit):
-        evaluate(run, tmp_path / second, *BOTH)
-    assert message in capsys.readouterr().err and not (run / "attacks.jsonl").exists()
-
-
-def test_a_run_is_evaluated_after_everything_was_moved(runs, tmp_path, monkeypatch, capsys):
-    """--task says where its own data are now; their fingerprint decides whether they are the same,
-    and two data sets whose folders share a name stay apart."""
+def test_a_run_is_evaluated_after_everything_was_moved(runs, tmp_path, monkeypatch):
+    """--task says where its own data are now."""
     run, own = runs["texts"] / "rift", Path(eval.settings_of(runs["texts"] / "rift")[0].task)
     moved = shutil.copytree(own, tmp_path / "elsewhere" / own.name)
     evaluate(run, "--attacks", "pwws", "--num-examples", 5)
@@ -586,33 +506,6 @@ def test_a_run_is_evaluated_after_everything_was_moved(runs, tmp_path, monkeypat
     evaluate(run, "--task", moved, "--num-examples", 5)
     assert data.load_task.call_args.args[0] == str(moved)
     assert data.read_json(run / "eval.json") == summary
-    with open(moved / "train.tsv", "a") as file:
-        file.write("neg\ta very bad movie\n")
-    with pytest.raises(SystemExit):
-        evaluate(run, "--task", moved, "--num-examples", 5)
-    assert "was trained on other data than is found now" in capsys.readouterr().err
-
-
-def test_exhaustive_bounds_the_true_accuracy(runs, capsys):
-    """No attack finds more; what a limit stopped is said beside it."""
-    run = runs["texts"] / "standard"
-    command = [run, "--attacks", "pwws", "exhaustive", "--num-examples", 10]
-    evaluate(*command, "--max-queries", 5000)
-    scores = data.read_json(run / "eval.json")
-    assert scores["exhaustive"] <= scores["pwws"]
-    fooled = {"pwws": {}, "exhaustive": {}}
-    for line in lines_of(run):
-        fooled[line["attack"]] |= {line["index"]: line["words_changed"]} if line["success"] else {}
-    assert fooled["pwws"] and all(fooled["exhaustive"][i] <= n for i, n in fooled["pwws"].items())
-    assert not any(line["stopped"] for line in lines_of(run))
-    capsys.readouterr()
-    evaluate(*command, "--max-queries", 2)
-    out = capsys.readouterr().out
-    stopped = [line for line in lines_of(run) if line["stopped"]]
-    assert stopped and "exhaustive (max queries 2)  stopped" in out
-    share = sum(line["attack"] == "exhaustive" for line in stopped) / 10
-    row, = [row for row in out.splitlines() if row.startswith(f"{run} ")]
-    assert re.split(r"  +", row)[-4] == f"{share:.1%}"
 
 
 def test_two_commands_on_one_run_do_not_lose_lines_in_silence(run, monkeypatch, capsys):
@@ -670,45 +563,31 @@ def test_another_attack_is_one_function_and_one_line(runs, monkeypatch, capsys):
 
 
 def test_neighbors_replace_the_runs_own_but_not_those_of_pwws_wordnet(run, tmp_path, monkeypatch):
+    """They are looked for in --data-dir."""
     wordnet = {word: ["quite"] for word in ("the", "a", "this")}
+    load_neighbors = data.load_neighbors
     monkeypatch.setattr(data, "load_neighbors", lambda source=None, *rest:
-                        wordnet if source == "wordnet" else LOAD_NEIGHBORS(source, *rest))
+                        wordnet if source == "wordnet" else load_neighbors(source, *rest))
     other = {"movie": ["story"], "film": ["story"]}
-    (tmp_path / "other.json").write_text(json.dumps(other))
-    evaluate(run, "--attacks", "pwws", "hull", "pwws-wordnet", "--neighbors",
-             tmp_path / "other.json")
+    data.write_json(tmp_path / "mine" / "other.json", other)
+    evaluate(run, "--attacks", "pwws", "hull", "pwws-wordnet", "--neighbors", "other.json",
+             "--data-dir", tmp_path / "mine")
     for name, table in (("pwws-wordnet", wordnet), ("pwws", other), ("hull", other)):
         mine = swaps(run, name)
         assert mine and all(b in table[a] for a, b in mine)
 
 
-def test_a_table_is_looked_for_in_data_dir(run, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "other.json").write_text('{"movie": ["story"], "film": ["story"]}')
-    evaluate(run, "--attacks", "hull", "--neighbors", "other.json", "--data-dir", tmp_path / "mine")
-    used = swaps(run, "hull")
-    assert used and all(b == "story" for _, b in used)
-
-
-def score_file(examples, score):
-    """A score file of some examples' last texts. score: callable, candidate -> log p."""
-    rows = []
-    for n, x in enumerate(examples):
-        rows.append(f"{n}\t{' '.join(x.words[-1]).title()}")
-        for i, word in enumerate(x.words[-1]):
-            words = [word, *TABLE[word]] if word in TABLE else []
-            rows += [f"{n}\t{i}\t{other}\t{score(other)}" for other in words]
-    return "\n".join(rows) + "\n"
-
-
 def test_scores_draw_the_texts_and_filter_the_synonyms(run, tmp_path, capsys):
     """The texts are of those that the file knows; what it finds unlikely is not used."""
-    files = tmp_path / "lm_scores"
-    files.mkdir()
-    # the words that are scored are equally likely, except these two, which are more so
-    scores = score_file(examples_of(run)[:11], lambda word: 3 if word in ("film", "great") else -9)
-    (files / "texts_all.txt").write_text(scores)
-    (files / "snli_all.txt").write_text("0\tA man\n")            # the archive has a file a task
+    rows = ["0\tA man"]
+    for n, x in enumerate(examples_of(run)[:11]):
+        rows.append(f"{n}\t{' '.join(x.words[-1]).title()}")
+        # the words that are scored are equally likely, except these two, which are more so
+        rows += [f"{n}\t{i}\t{other}\t{3 if other in ('film', 'great') else -9}"
+                 for i, word in enumerate(x.words[-1]) if word in TABLE
+                 for other in (word, *TABLE[word])]
+    data.write_atomically(tmp_path / "lm_scores" / "texts_all.txt", "\n".join(rows))
+    data.write_atomically(tmp_path / "lm_scores" / "snli_all.txt", rows[0])     # a file a task
     evaluate(run, *BOTH, "--lm-constraint", "scores", "--data-dir", tmp_path)
     out = capsys.readouterr().out
     assert "knows 11 of the 16 test texts" in out and "There are only 11 test texts" in out
@@ -731,15 +610,6 @@ def test_a_causal_language_model_filters_the_synonyms(run, monkeypatch):
     assert used and not any(b == "film" for _, b in used)
 
 
-@pytest.mark.parametrize("task, flags, expected", [
-    ("imdb", [], "scores"), ("snli", [], "scores"), ("toy", [], "none"),
-    ("imdb", ["--lm-constraint", "gpt2"], "gpt2"), ("imdb", ["--attacks", "pwws"], "none")])
-def test_scores_are_the_default_of_the_papers_tasks(task, flags, expected):
-    """For the genetic attack; the others have no language model."""
-    args = eval.parse(["run", "--attacks", "genetic", *flags])
-    assert eval.constraint(SimpleNamespace(task=task), args) == expected
-
-
 # ---- Figures -------------------------------------------------------------------------------------
 
 
@@ -751,8 +621,8 @@ def draw(monkeypatch, tmp_path):
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs:
                         figures.append(self) or savefig(self, *args, **kwargs))
 
-    def run(*folders):
-        evaluate(*folders, "--plot", tmp_path / "figure")
+    def run(*arguments):
+        evaluate(*arguments, "--plot", tmp_path / "figure")
         panels = {}
         for ax in figures[-1].axes:
             panels.setdefault(ax.get_title(), []).append(ax)
@@ -810,15 +680,15 @@ def bar_of(ax, name, axis):
 def test_accuracy_is_drawn_over_alpha_and_over_beta(runs, draw):
     """Seeds are averaged, the bars show their range; of a single run they are its interval. adv,
     which has no alpha, is at 0. rift with two alphas is two curves of the trade-off."""
-    found = [*copies(runs["texts"] / "adv", lambda s: (0.5, s["beta"] / 10), beta=[1.0, 5.0]),
-             *copies(runs["texts"] / "rift", lambda s: (s["alpha"], s["beta"] * s["seed"] / 20),
-                     alpha=[0.2, 1.0], beta=[1.0, 5.0], seed=[1, 3])]
+    found = [*copies(runs["texts"] / "adv", lambda s: (0.5, s["beta"] / 10), beta=[5.0, 1.0]),
+             *copies(runs["texts"] / "rift", lambda s: (s["alpha"], s["beta"] * s["seed"] / 30),
+                     alpha=[0.2, 1.0], beta=[1.0, 5.0], seed=[1, 2, 6])]
     over_alpha, trade_off = draw(*found)["texts, test texts"]
     points = curves(over_alpha)
     assert points["adv beta 5.0, clean"].tolist() == [[0, 0.5]]
     assert np.allclose(points["rift beta 5.0, clean"], [[0.2, 0.2], [1, 1]])
     assert np.allclose(points["rift beta 5.0, hull"], [[0.2, 0.5], [1, 0.5]])
-    assert np.allclose(bar_of(over_alpha, "rift beta 5.0, hull", 1), [0.25, 0.75])
+    assert np.allclose(bar_of(over_alpha, "rift beta 5.0, hull", 1), [1 / 6, 1])
     expected = {"adv": [[0.5, 0.1], [0.5, 0.5]], "rift alpha 0.2": [[0.2, 0.1], [0.2, 0.5]],
                 "rift alpha 1.0": [[1.0, 0.1], [1.0, 0.5]]}
     assert curves(trade_off).keys() == expected.keys()
@@ -827,30 +697,15 @@ def test_accuracy_is_drawn_over_alpha_and_over_beta(runs, draw):
     assert [text.get_text() for text in trade_off.texts] == ["1", "5"] * 3
 
 
-def test_a_point_is_the_runs_with_one_value(monkeypatch):
-    """Their mean, and how far the lowest and the highest are from it; also without matplotlib."""
-    runs = [SimpleNamespace(run=SimpleNamespace(beta=beta), scores={"clean": x, "hull": x / 2}, n=9)
-            for beta, x in [(4.0, 0.5), (1.0, 0.9), (4.0, 0.7), (2.0, 0.3), (4.0, 0.9), (2.0, 0.5)]]
-    values, (clean, hull) = eval.points_over(runs, "beta", ["clean", "hull"])
-    assert values == [1, 2, 4]
-    low, high = eval.wilson(0.9 * 9, 9)                         # of a single run: its interval
-    expected = [[0.9, 0.9 - low, high - 0.9], [0.4, 0.1, 0.1], [0.7, 0.2, 0.2]]
-    assert np.allclose(clean, expected) and np.allclose(hull[1:], np.array(expected[1:]) / 2)
-
-
-def test_runs_that_were_attacked_differently_are_not_drawn_together(runs, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+def test_runs_that_were_attacked_differently_are_not_drawn_together(runs, draw, capsys):
     found = list(copies(runs["texts"] / "adv", lambda s: (0, 0), beta=[2.0, 3.0]))
-    drawn = [*found, "--plot", tmp_path / "figure", "--plot-attack", "pwws"]
     evaluate(*found, "--attacks", "pwws", "--num-examples", 5)
-    evaluate(*drawn)
-    for more, said in ((["--num-examples", 6], "'num_examples': 6"), (["--seed", 1], "'seed': 1")):
-        evaluate(found[1], "--attacks", "pwws", "--num-examples", 5, *more, "--overwrite")
-        capsys.readouterr()
-        with pytest.raises(SystemExit):
-            evaluate(*drawn)
-        error = capsys.readouterr().err
-        assert f"{found[1]} was evaluated with" in error and said in error
+    draw(*found, "--plot-attack", "pwws")
+    evaluate(found[1], "--attacks", "pwws", "--num-examples", 5, "--seed", 1)
+    with pytest.raises(SystemExit):
+        draw(*found, "--plot-attack", "pwws")
+    error = capsys.readouterr().err
+    assert f"{found[1]} was evaluated with" in error and "'seed': 1" in error
 
 
 def test_figures_show_attacks_and_of_dev_the_kept_epoch(run):
@@ -870,11 +725,9 @@ def test_figures_show_attacks_and_of_dev_the_kept_epoch(run):
 # ---- Encoders ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hub(tmp_path, model_folder, monkeypatch):
-    """A machine without network that has some/model in its cache: the folder, and what was asked
-    of the hub, a list."""
-    cached, asked = shutil.copytree(model_folder, tmp_path / "cached"), []
+def test_a_cached_model_needs_no_network_and_the_hub_is_asked_for_others(tmp_path, monkeypatch):
+    """Also for one that is cached in part. Without network it is one line what is wrong."""
+    cached, asked = save_model(tmp_path / "cached", "bert"), []
 
     def snapshot_download(name, local_files_only, **files):
         asked.extend([name] * (not local_files_only))
@@ -883,45 +736,17 @@ def hub(tmp_path, model_folder, monkeypatch):
         return cached
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return cached, asked
-
-
-def test_a_cached_model_needs_no_network(hub, model_folder):
-    cached, asked = hub
     encoder, tokenizer = data.load_encoder("some/model")
-    there, _ = data.load_encoder(model_folder)
+    there, _ = data.load_encoder(cached)
     assert asked == [] and "film" in tokenizer.decode(tokenizer("film")["input_ids"])
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), there.parameters()))
-
-
-@pytest.mark.parametrize("name, missing, message", [
-    ("some/model", ["*.safetensors"], "cannot be loaded"),
-    ("some/model", ["tokenizer.json", "vocab*", "merges*"], "tokenizer"),
-    ("some/other", [], "neither a folder nor a model on the hub .Network is unreachable."),
-    ("./nowhere", [], "no such folder"), ("a/b/c", [], "no such folder")])
-def test_a_model_that_is_not_there_is_one_line(hub, name, missing, message):
-    """Only what may be on the hub is asked for, also what is cached in part."""
-    cached, asked = hub
-    for path in [path for pattern in missing for path in cached.glob(pattern)]:
-        path.unlink()
-    with pytest.raises(data.InputError, match=f"^model {name}: [^\n]*{message}[^\n]*$"):
-        data.load_encoder(name)
-    assert bool(asked) == name.startswith("some")
-
-
-def test_only_a_pooler_may_be_missing(model_folder, tmp_path):
-    """One that was never pre-trained starts at random; a finished run has its own."""
-    path = shutil.copytree(model_folder, tmp_path / "encoder") / "model.safetensors"
-    tensors = safetensors.torch.load_file(path)
-
-    def keep(left_out):
-        kept = {key: p for key, p in tensors.items() if not key.startswith(left_out)}
-        safetensors.torch.save_file(kept, path, {"format": "pt"})
-
-    keep("pooler.")
-    data.load_encoder(path.parent)
-    with pytest.raises(data.InputError, match="2 tensors are missing"):
-        data.load_encoder(path.parent, complete=True)
-    keep("encoder.layer.1.")
-    with pytest.raises(data.InputError, match="16 tensors are missing"):
-        data.load_encoder(path.parent)
+    for name, missing, message in (
+            ("some/other", (), "neither a folder nor a model on the hub .Network is unreachable."),
+            ("some/model", ("tokenizer.json", "vocab.txt"), "tokenizer"),
+            ("some/model", ("model.safetensors",), "cannot be loaded")):
+        for file in missing:
+            (cached / file).unlink(missing_ok=True)
+        asked.clear()
+        with pytest.raises(data.InputError, match=f"^model {name}: [^\n]*{message}[^\n]*$"):
+            data.load_encoder(name)
+        assert asked == [name]

@@ -22,9 +22,13 @@ from tests.golden import method_case
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
 
-def example(encoder, B=4, L=7, K=3, seed=1):
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def example(encoder, B=4, L=7, K=3):
     """A random batch: texts of 4 to L tokens, about half of their positions with candidates."""
-    g = torch.Generator().manual_seed(seed)
+    g = seeded(1)
     pad = encoder.config.pad_token_id
     ids = torch.randint(2, 60, (B, L), generator=g)
     lengths = torch.randint(4, L + 1, (B,), generator=g)
@@ -40,8 +44,8 @@ def example(encoder, B=4, L=7, K=3, seed=1):
     return dict(input_ids=ids, attention_mask=attention_mask, subs=subs, subs_mask=subs_mask)
 
 
-def start(batch, seed=2):
-    return rift.noise(batch["subs"].shape, 300, torch.Generator().manual_seed(seed))
+def start(batch):
+    return rift.noise(batch["subs"].shape, 300, seeded(2))
 
 
 def head_for(encoder, C=2):
@@ -60,16 +64,20 @@ def S_of(encoder, batch, w=None, pooling="pooler"):
     return rift.features(encoder, e, batch["attention_mask"], pooling)
 
 
-def forward(model, batch, y=None, w=None, T=None, tau=0.2):
-    y = torch.tensor([0, 0, 1, 1]) if y is None else y
-    return model(**batch, y=y, w=w, T=T, tau=tau)
+def search(encoder, head, batch, **options):
+    """The adversary's w, from the same start each time."""
+    return rift.adversary(encoder, head, **batch, v=start(batch), **options)
 
 
-def moved(model, by=0.1):
+def forward(model, batch, w=None, T=None):
+    return model(**batch, y=torch.tensor([0, 0, 1, 1]), w=w, T=T)
+
+
+def moved(model):
     """The model with an encoder that is no longer the teacher's."""
     with torch.no_grad():
         for p in model.encoder.parameters():
-            p += by * torch.randn_like(p)
+            p += 0.1 * torch.randn_like(p)
     return model
 
 
@@ -86,12 +94,10 @@ def test_dropout_acts_in_training_mode_only(encoder, part, gradient):
             module.p = 0.5 * (("attention.self" in name) == (part == "attention"))
     with torch.set_grad_enabled(gradient):
         e = rift.embed(encoder, batch["input_ids"])             # in eval mode: no dropout
-        first, second = (rift.features(encoder.train(), e, batch["attention_mask"])
-                         for _ in range(2))
-        assert not torch.allclose(first, second, atol=1e-3)
-        first, second = (rift.features(encoder.eval(), e, batch["attention_mask"])
-                         for _ in range(2))
-        assert torch.equal(first, second)
+        for training in (True, False):
+            first, second = (rift.features(encoder.train(training), e, batch["attention_mask"])
+                             for _ in range(2))
+            assert torch.allclose(first, second, atol=1e-3) == (not training)
 
 
 @pytest.mark.parametrize("pooling", ["pooler", "mean"])
@@ -123,13 +129,14 @@ def test_what_features_cannot_do_is_refused(encoder):
 
 def test_bf16_rounds_the_encoder_but_not_the_losses(encoder):
     """With weights in bf16 the losses come out in float32, within 2% of those without."""
-    model = rift.RIFT(encoder, 2).eval()
-    batch, T = example(encoder), torch.randn(4, 16)
+    model, batch, T = rift.RIFT(encoder, 2).eval(), example(encoder), torch.randn(4, 16)
     w = rift.weights(start(batch), batch["subs_mask"])
-    exact = rift.objective(forward(model, batch, w=w, T=T), "rift", dict(beta=1, alpha=1))
-    theta = rift.weights_in(encoder, torch.bfloat16)
-    with rift.stand_in(encoder, theta):
-        rounded = rift.objective(forward(model, batch, w=w, T=T), "rift", dict(beta=1, alpha=1))
+
+    def losses(dtype):
+        model.dtype = dtype
+        return rift.objective(forward(model, batch, w, T), "rift", dict(beta=1, alpha=1))
+
+    exact, rounded = losses(torch.float32), losses(torch.bfloat16)
     for name in ("ce", "info"):
         assert rounded[name].dtype == torch.float32
         assert rounded[name].item() == pytest.approx(exact[name].item(), rel=0.02)
@@ -142,123 +149,106 @@ def test_bf16_rounds_the_encoder_but_not_the_losses(encoder):
 # ---- The hull and the adversary in it ------------------------------------------------------------
 
 
-def test_the_adversary_never_leaves_the_hull(encoder):
-    """Its weights lie on the simplex of the real candidates; a masked one gets nothing."""
+def test_a_point_of_the_hull_mixes_the_outputs_of_the_embedding_layer(encoder):
+    """Position and layer norm included; a corner is a text, and no candidates are no change."""
     batch = example(encoder)
-    w = rift.adversary(encoder, head_for(encoder), **batch, v=start(batch))
+    e, E, free = hull_of(encoder, batch)
+
+    def embeddings(ids):
+        return encoder.embeddings(ids, position_ids=rift.position_ids(encoder, 7))
+
+    w = rift.weights(20 * start(batch), batch["subs_mask"])
+    mean = sum(w[..., k, None] * embeddings(batch["subs"][..., k]) for k in range(3))
+    assert torch.allclose(rift.mix(e, E, free, w[free]), mean, atol=1e-5)
+    assert torch.equal(rift.mix(e, E, free, w[free])[~free], e[~free])
+    corner = F.one_hot(batch["subs_mask"].sum(-1) - 1, 3).float()   # all weight on the last ones
+    text = rift.discrete(batch["subs"], corner)
+    assert not torch.equal(text, batch["input_ids"])
+    assert torch.allclose(rift.mix(e, E, free, corner[free]), embeddings(text), atol=1e-5)
+
+
+def test_the_adversary_climbs_and_never_leaves_the_hull(encoder):
+    """Ten steps end at a larger KL than the start. The weights lie on the simplex of the real
+    candidates; a masked one gets nothing."""
+    batch, head = example(encoder), head_for(encoder)
+
+    def kl(w):
+        p, q = (head(S_of(encoder, batch, x)).softmax(-1) for x in (None, w))
+        return (p * (p / q).log()).sum()
+
+    w_0 = search(encoder, head, batch, steps=0)
+    assert torch.allclose(w_0, rift.weights(start(batch), batch["subs_mask"]))
+    w = search(encoder, head, batch, sparsity=0.0)
+    assert kl(w) > 1.5 * kl(w_0)
+    with torch.no_grad():                                           # it has gradients of its own
+        assert torch.equal(w, search(encoder, head, batch, sparsity=0.0))
     assert (w >= 0).all() and torch.allclose(w.sum(-1), torch.ones(w.shape[:2]))
     assert (w[~batch["subs_mask"]] == 0).all()
     assert (w[..., 0][batch["subs_mask"].sum(-1) == 1] == 1).all()
 
 
-def test_the_mixture_is_of_embeddings_after_the_layer_norm(encoder):
-    """Half of one candidate and half of another is the mean of two embedding-layer outputs."""
-    batch = example(encoder)
-    e, E, free = hull_of(encoder, batch)
-    b, l = free.nonzero()[0].tolist()
-    w = F.one_hot(torch.zeros_like(batch["input_ids"]), 3).float()
-    w[b, l] = torch.tensor([0.5, 0.5, 0.0])
-    mixture = rift.mix(e, E, free, w[free])
-    pair = []
-    for k in (0, 1):
-        ids = batch["input_ids"].clone()
-        ids[b, l] = batch["subs"][b, l, k]
-        pair.append(encoder.embeddings(ids, position_ids=rift.position_ids(encoder, 7))[b, l])
-    assert torch.allclose(mixture[b, l], (pair[0] + pair[1]) / 2, atol=1e-6)
-    assert torch.equal(mixture[~free], e[~free])                    # no candidates, no change
-
-
-def test_a_corner_of_the_hull_is_a_text(encoder):
-    """All weight on the last candidates makes the features of the text that has them."""
-    batch = example(encoder)
-    w = F.one_hot(batch["subs_mask"].sum(-1) - 1, 3).float()
-    text = batch | {"input_ids": rift.discrete(batch["subs"], w)}
-    assert not torch.equal(text["input_ids"], batch["input_ids"])
-    assert torch.allclose(S_of(encoder, batch, w), S_of(encoder, text), atol=1e-5)
-
-
-def test_the_adversary_climbs(encoder):
-    """Ten steps end at a larger KL than the start, which can be given."""
-    batch, head = example(encoder), head_for(encoder)
-
-    def kl(w):
-        p, q = (torch.softmax(head(S_of(encoder, batch, x)), -1) for x in (None, w))
-        return (p * (p / q).log()).sum()
-
-    w_0 = rift.adversary(encoder, head, **batch, v=start(batch), steps=0)
-    assert torch.allclose(w_0, rift.weights(start(batch), batch["subs_mask"]))
-    w = rift.adversary(encoder, head, **batch, v=start(batch), sparsity=0.0)
-    assert kl(w) > 1.5 * kl(w_0)
-    with torch.no_grad():                                           # it has gradients of its own
-        assert torch.equal(w, rift.adversary(encoder, head, **batch, v=start(batch), sparsity=0.0))
-
-
-def test_a_model_applies_its_precision_and_mixout_itself(encoder):
-    """In the search and in evaluation only the precision, in training both."""
-    batch, y = example(encoder), torch.tensor([0, 0, 1, 1])
-    model = moved(rift.RIFT(encoder, 2, dtype=torch.bfloat16, p_mixout=0.7))
-    v = start(batch)
-    w = model.adversary(**batch, v=v, steps=2)
-    with rift.stand_in(encoder, rift.weights_in(encoder, torch.bfloat16)):
-        assert torch.equal(w, rift.adversary(encoder, model.head, **batch, v=v, steps=2))
-    for module in encoder.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    for mode in (True, False):
-        model.train(mode)
-        torch.manual_seed(0)
-        found = model(**batch, y=y, w=w).clean
-        torch.manual_seed(0)
-        theta = rift.mixout(encoder, model.teacher, 0.7) if mode else {}
-        with rift.stand_in(encoder, theta):
-            theta = rift.weights_in(encoder, torch.bfloat16)
-        with rift.stand_in(encoder, theta):
-            expected = model.head(S_of(encoder, batch))
-        assert torch.equal(found, expected)
-
-
 def test_with_a_label_the_adversary_moves_away_from_it(encoder):
     batch, head = example(encoder), head_for(encoder)
     y = torch.tensor([0, 0, 0, 0]), torch.tensor([1, 1, 1, 1])
-    w = [rift.adversary(encoder, head, **batch, v=start(batch), y=y_c, sparsity=0.0) for y_c in y]
+    w = [search(encoder, head, batch, y=y_c, sparsity=0.0) for y_c in y]
     for c in (0, 1):
         losses = [F.cross_entropy(head(S_of(encoder, batch, w_c)), y[c]) for w_c in w]
         assert losses[c] > losses[1 - c] + 0.02
 
 
+def test_a_model_applies_its_precision_and_mixout_itself(encoder):
+    """In the search and in evaluation only the precision, in training both. Mixout teaches the
+    encoder and leaves it as it is."""
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model = moved(rift.RIFT(encoder, 2, dtype=torch.bfloat16, p_mixout=0.7))
+    batch, before = example(encoder), dict(encoder.named_parameters())
+    w = model.adversary(**batch, v=start(batch), steps=2)
+    with rift.stand_in(encoder, rift.weights_in(encoder, torch.bfloat16)):
+        assert torch.equal(w, search(encoder, model.head, batch, steps=2))
+    for training in (True, False):
+        torch.manual_seed(0)
+        outputs = forward(model.train(training), batch, w)
+        torch.manual_seed(0)
+        theta = rift.mixout(encoder, model.teacher, 0.7) if training else {}
+        with rift.stand_in(encoder, theta):
+            theta = rift.weights_in(encoder, torch.bfloat16)
+        with rift.stand_in(encoder, theta):
+            assert torch.equal(outputs.clean, model.head(S_of(encoder, batch)))
+            assert torch.equal(outputs.adversarial, model.head(S_of(encoder, batch, w)))
+        encoder.zero_grad()
+        rift.ce(outputs).backward()
+        assert encoder.encoder.layer[0].output.dense.weight.grad.abs().sum() > 0
+    assert all(before[name] is p for name, p in encoder.named_parameters())
+
+
 def test_sparsity_pushes_towards_single_words(encoder):
     batch, head = example(encoder), head_for(encoder)
     free = batch["subs_mask"].sum(-1) > 1
-    H = [rift.entropy(rift.adversary(encoder, head, **batch, v=start(batch), sparsity=s)[free])
-         .mean() for s in (0.0, 1e6)]
-    assert H[1] < H[0] and H[1] < 0.05                              # a uniform mixture: log 3 = 1.1
+    none, much = (search(encoder, head, batch, sparsity=s)[free].amax(-1) for s in (0.0, 1e6))
+    assert (much > 0.99).all() and none.min() < 0.9
 
 
 def test_the_search_leaves_the_model_alone(encoder):
     """No parameter gets a gradient, dropout is off, and the mode is what it was."""
-    encoder.train()
     batch, head = example(encoder), head_for(encoder)
-    w = rift.adversary(encoder, head, **batch, v=start(batch))
+    w = search(encoder.train(), head, batch)
     assert not w.requires_grad
     assert all(p.grad is None for m in (encoder, head) for p in m.parameters())
     assert all(m.training for m in encoder.modules())
-    assert torch.equal(w, rift.adversary(encoder.eval(), head, **batch, v=start(batch)))
-    assert not encoder.training
+    assert torch.equal(w, search(encoder.eval(), head, batch)) and not encoder.training
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_the_gradient_of_the_hull_is_the_same_each_time(kind):
+def test_the_gradient_of_the_hull_is_the_same_each_time():
     """On two threads too: what a frequent candidate gets is added up in one order."""
-    encoder = tiny_encoder(kind, hidden_size=64).eval()
-    batch = example(encoder, B=256, L=5, K=9)
-    threads = torch.get_num_threads()
+    encoder = tiny_encoder("bert", hidden_size=64).eval()
+    batch, threads, gradients = example(encoder, B=256, L=5, K=9), torch.get_num_threads(), []
     torch.set_num_threads(2)
     try:
-        gradients = []
-        for _ in range(20):                     # in any order 19 of 20 would differ from the first
+        for _ in range(6):                      # in any order 5 of 6 would differ from the first
             _, E, _ = hull_of(encoder, batch)
-            noise = torch.randn(E.shape, generator=torch.Generator().manual_seed(0))
-            (E * noise).sum().backward()
+            (E * torch.randn(E.shape, generator=seeded(0))).sum().backward()
             gradients.append(encoder.embeddings.word_embeddings.weight.grad)
             encoder.zero_grad()
     finally:
@@ -269,58 +259,48 @@ def test_the_gradient_of_the_hull_is_the_same_each_time(kind):
 def test_padding_changes_nothing(encoder):
     """Three more positions and two more candidates, all masked: the same adversary."""
     batch, head = example(encoder), head_for(encoder)
-    v, pad = start(batch), encoder.config.pad_token_id
+    v, w, pad = start(batch), search(encoder, head, batch), encoder.config.pad_token_id
     wide = dict(input_ids=F.pad(batch["input_ids"], (0, 3), value=pad),
                 attention_mask=F.pad(batch["attention_mask"], (0, 3)),
                 subs=F.pad(batch["subs"], (0, 2, 0, 3), value=pad),
                 subs_mask=F.pad(batch["subs_mask"], (0, 2, 0, 3)))
     wide["subs_mask"][:, 7:, 0] = True                              # padding has only itself
-    w = rift.adversary(encoder, head, **batch, v=v)
     w_wide = rift.adversary(encoder, head, **wide, v=F.pad(v, (0, 2, 0, 3)))
     assert torch.allclose(w, w_wide[:, :7, :3], atol=1e-4)
 
 
 def test_a_batch_without_candidates_has_no_adversary(encoder):
     batch = example(encoder, K=1)
-    w = rift.adversary(encoder, head_for(encoder), **batch, v=start(batch))
+    w = search(encoder, head_for(encoder), batch)
     assert torch.equal(w, torch.ones(4, 7, 1))
-    assert rift.kl(forward(rift.RIFT(encoder, 2).eval(), batch, w=w)).item() < 1e-6
+    assert rift.kl(forward(rift.RIFT(encoder, 2).eval(), batch, w)).item() < 1e-6
 
 
-@pytest.mark.parametrize("max_len, L", [(300, 300), (300, 20), (80, 20)])
-def test_the_noise_is_a_constant_of_the_task(max_len, L):
+@pytest.mark.parametrize("max_len", [300, 80])
+def test_the_noise_is_a_constant_of_the_task(max_len):
     """Standard deviation sqrt(2 / (longest input * 10)), however short the batch."""
-    v = rift.noise((2000, L // 10, 10), max_len, torch.Generator().manual_seed(0))
+    v = rift.noise((2000, 2, 10), max_len, seeded(0))
     assert v.std().item() == pytest.approx(math.sqrt(2 / (max_len * 10)), rel=0.02)
 
 
 # ---- The losses ----------------------------------------------------------------------------------
 
 
-def test_kl_is_from_clean_to_adversarial():
-    """sum p log(p/q), p the clean side, the mean over texts: KL(q||p) is another number here."""
-    p, q = torch.tensor([[0.90, 0.10], [0.6, 0.4]]), torch.tensor([[0.5, 0.5], [0.3, 0.7]])
-    right, wrong = ((a * (a / b).log()).sum(-1).mean() for a, b in ((p, q), (q, p)))
-    assert abs(right - wrong) > 0.05
-    clean, adversarial = p.log() + 3, q.log() - 1                   # logits: shifts do not matter
-    assert torch.allclose(rift.kl_divergence(clean, adversarial), right)
-    outputs = rift.Outputs(clean, adversarial, None, None, None, None, None)
-    assert torch.allclose(rift.kl(outputs), right)
-
-
 @pytest.mark.parametrize("gap", [1.0, 104.0, 1e4])
-def test_kl_teaches_both_sides_however_sure_the_model_is(gap):
-    """From a gap of 104 between two logits on, exp(-gap) is 0 in float32."""
-    clean = torch.tensor([[gap, 0.0]], requires_grad=True)
-    adversarial = torch.tensor([[0.0, 0.3]], requires_grad=True)
-    loss = rift.kl_divergence(clean, adversarial)
+def test_kl_is_from_clean_to_adversarial_and_teaches_both_sides(gap):
+    """sum p log(p/q), p the clean side, the mean over texts, however sure the model is: from a gap
+    of 104 between two logits on, exp(-gap) is 0 in float32. KL(q||p) is another number."""
+    clean = torch.tensor([[gap, 0.0], [0.4, 0.0]], requires_grad=True)
+    adversarial = torch.tensor([[0.0, 0.3], [-1.0, 1.0]], requires_grad=True)
+    p, q = (logits.detach().double().log_softmax(-1) for logits in (clean, adversarial))
+    right, wrong = ((a.exp() * (a - b)).sum(-1).mean().item() for a, b in ((p, q), (q, p)))
+    assert abs(right - wrong) > 0.05
+    loss = rift.kl(rift.Outputs(clean, adversarial, None, None, None, None))
+    assert loss.item() == pytest.approx(right, abs=1e-5)
     loss.backward()
-    p = torch.sigmoid(torch.tensor(gap, dtype=torch.float64))
-    entropy = 0 if p == 1 else -(p * p.log() + (1 - p) * (1 - p).log())
-    cross = p * math.log(1 + math.exp(0.3)) + (1 - p) * math.log(1 + math.exp(-0.3))
-    assert loss.item() == pytest.approx(float(cross - entropy), abs=1e-5)
-    assert clean.grad.isfinite().all() and adversarial.grad.abs().sum() > 0
-    assert gap > 1 or clean.grad.abs().sum() > 0
+    for side in (clean, adversarial):
+        assert side.grad.isfinite().all() and side.grad[1].abs().sum() > 0
+    assert adversarial.grad[0].abs().sum() > 0
 
 
 def test_info_nce_is_the_equation():
@@ -335,7 +315,7 @@ def test_info_nce_is_the_equation():
     assert rift.info_nce(torch.ones(5, 8), t).item() == pytest.approx(math.log(5))
 
 
-@pytest.mark.parametrize("C", [2, 3, 5])
+@pytest.mark.parametrize("C", [2, 3])
 def test_l_info_compares_texts_of_one_class(C):
     """The mean over classes, each with its own projections; other classes do not compete."""
     torch.manual_seed(5)
@@ -349,14 +329,6 @@ def test_l_info_compares_texts_of_one_class(C):
     for labels, own in ((y, h[1:]), (y - 1, h)):                    # a class is not left out
         with pytest.raises(ValueError, match=f"{C} projections g and {len(own)} projections h"):
             rift.L_info(S, T, labels, g, own)
-
-
-def test_each_class_has_projections_of_its_own():
-    model = rift.RIFT(tiny_encoder("bert"), 3)
-    own = {p.data_ptr() for part in (model.g, model.h) for p in part.parameters()}
-    assert len(own) == 2 * 3 * 4                                    # two layers, weight and bias
-    marginal = rift.RIFT(tiny_encoder("bert"), 3, marginal=True)
-    assert len(marginal.g) == len(marginal.h) == 1
 
 
 def test_distance_to_the_pretrained_weights():
@@ -379,14 +351,14 @@ def test_mixout_is_unbiased_and_reaches_linear_layers_only(encoder):
     torch.manual_seed(0)
     name = "encoder.layer.0.attention.self.query.weight"
     draws = torch.stack([rift.mixout(model.encoder, model.teacher, p)[name].detach()
-                         for _ in range(3000)])
+                         for _ in range(200)])
     s, t = theta_s[name].detach(), theta_t[name]
     # the standard deviation of one entry is |theta_s - theta_t| sqrt(p / (1-p))
-    error = 4.5 * (s - t).abs() * math.sqrt(p / (1 - p) / 3000) + 1e-5
+    error = 4.5 * (s - t).abs() * math.sqrt(p / (1 - p) / 200) + 1e-5
     assert ((draws.mean(0) - s).abs() < error).all()
-    kept = torch.isclose(draws[0], (s - p * t) / (1 - p), atol=1e-5)
-    assert (kept | torch.isclose(draws[0], t, atol=1e-5)).all()
-    assert 0.15 < kept.float().mean() < 0.45
+    kept = torch.isclose(draws, (s - p * t) / (1 - p), atol=1e-5)
+    assert (kept | torch.isclose(draws, t, atol=1e-5)).all()
+    assert kept.float().mean().item() == pytest.approx(1 - p, abs=0.02)
     mixed = rift.mixout(model.encoder, model.teacher, 0.0)
     assert all(torch.allclose(value, theta_s[key], atol=1e-6) for key, value in mixed.items())
     assert "pooler.dense.bias" in mixed
@@ -395,30 +367,17 @@ def test_mixout_is_unbiased_and_reaches_linear_layers_only(encoder):
         rift.mixout(model.encoder, model.teacher, 1.0)
 
 
-def test_mixout_teaches_the_encoder_and_leaves_it_as_it_is(encoder):
-    model = moved(rift.RIFT(encoder, 2)).eval()
-    batch, before = example(encoder), dict(encoder.named_parameters())
-    plain = rift.ce(forward(model, batch)).item()
-    with rift.stand_in(encoder, rift.mixout(encoder, model.teacher, 0.7)):
-        loss = rift.ce(forward(model, batch))
-    assert abs(loss.item() - plain) > 1e-3
-    loss.backward()
-    assert encoder.encoder.layer[0].output.dense.weight.grad.abs().sum() > 0
-    assert all(before[name] is p for name, p in encoder.named_parameters())
-    assert rift.ce(forward(model, batch)).item() == plain
-
-
 # ---- The model and the methods -------------------------------------------------------------------
 
 
 def test_the_teacher_is_frozen_and_never_drops_out(encoder):
-    """A copy of the encoder (RoBERTa's random pooler too), in eval mode, without gradients."""
-    model = rift.RIFT(encoder, 2).train()
+    """A copy of the encoder (RoBERTa's random pooler too), in eval mode, without gradients. All
+    else learns, and each class has projections of its own: two layers, weight and bias."""
+    model, batch = rift.RIFT(encoder, 2).train(), example(encoder)
+    assert len({*model.g.parameters(), *model.h.parameters()}) == 2 * 2 * 4
     assert model.encoder.training and not any(m.training for m in model.teacher.modules())
     assert all(map(torch.equal, model.encoder.parameters(), model.teacher.parameters()))
-    batch = example(encoder)
-    w = rift.adversary(model.encoder, model.head, **batch, v=start(batch))
-    outputs = forward(model, batch, w=w, T=S_of(model.teacher, batch))
+    outputs = forward(model, batch, search(encoder, model.head, batch), S_of(model.teacher, batch))
     rift.objective(outputs, "rift", dict(beta=10, alpha=0.1))["loss"].backward()
     assert all(p.grad is None for p in model.teacher.parameters())
     for part in (model.encoder, model.head, model.g, model.h):
@@ -435,7 +394,7 @@ def test_a_method_is_the_weighted_sum_of_its_terms_and_computes_no_other(method,
     batch, weight = example(model.encoder), dict(beta=10, alpha=0.1, ptwd=0.01, tau=7)
     w = rift.weights(start(batch), batch["subs_mask"]) if rift.has_adversary(method) else None
     assert rift.has_adversary(method) == ("kl" in right)
-    terms = rift.objective(forward(model, batch, w=w, T=torch.randn(4, 16)), method, weight)
+    terms = rift.objective(forward(model, batch, w, torch.randn(4, 16)), method, weight)
     assert terms.keys() == right.keys() | {"loss"}
     assert torch.allclose(terms["loss"], sum(right[name] * terms[name] for name in right))
 
@@ -443,54 +402,45 @@ def test_a_method_is_the_weighted_sum_of_its_terms_and_computes_no_other(method,
 # ---- How much was forgotten ----------------------------------------------------------------------
 
 
-def some_features(N, H=384, seed=0):
-    """N features as encoders make them: a few directions hold most of the variance."""
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(N, H, generator=g) / torch.arange(1, H + 1) ** 0.25
-
-
 def test_debiased_cka_is_0_for_texts_in_another_order():
     """Where the plain estimate is not, and 1 for a copy that is rotated, scaled and shifted."""
-    T = some_features(300)
-    rotation = torch.linalg.qr(torch.randn(384, 384, generator=torch.Generator().manual_seed(1))).Q
+    # as encoders make them: a few directions hold most of the variance
+    T = torch.randn(300, 384, generator=seeded(0)) / torch.arange(1, 385) ** 0.25
+    rotation = torch.linalg.qr(torch.randn(384, 384, generator=seeded(1))).Q
     assert rift.debiased_cka(3 * T @ rotation + 5, T) == pytest.approx(1, abs=1e-3)
-    orders = [torch.randperm(300, generator=torch.Generator().manual_seed(i)) for i in range(10)]
+    orders = [torch.randperm(300, generator=seeded(i)) for i in range(10)]
     X = T - T.mean(0)
     plain = [((X[o].T @ X).norm() ** 2 / (X.T @ X).norm() ** 2).item() for o in orders]
     found = [rift.debiased_cka(T[o], T) for o in orders]
     assert min(plain) > 0.2 and max(map(abs, found)) < 0.05 and abs(np.mean(found)) < 0.02
+    assert rift.debiased_cka(T[:1].expand(300, -1), T) == 0         # the same everywhere
     with pytest.raises(ValueError, match="at least 4 texts, not 3"):
         rift.debiased_cka(T[:3], T[:3])
+
+
+def retained(S, T, y, n):
+    """R^2 on all texts but the first n, from a regression on these."""
+    return rift.retained(S[:n], T[:n], y[:n], S[n:], T[n:], y[n:])
 
 
 def test_retained_is_what_can_be_read_off_linearly_within_classes():
     """1 for a copy, 1/2 for half of the variance, about 0 for the label alone or another order."""
     y = torch.arange(600) % 3
-    T = torch.randn(600, 32, generator=torch.Generator().manual_seed(0)) + 5 * y[:, None]
-    mixing = torch.randn(32, 32, generator=torch.Generator().manual_seed(1))
-    noise = torch.randn(600, 32, generator=torch.Generator().manual_seed(2))
-    order = torch.randperm(600, generator=torch.Generator().manual_seed(3))
-
-    def retained(S):
-        return rift.retained(S[:400], T[:400], y[:400], S[400:], T[400:], y[400:])
-
-    assert retained(T @ mixing + 7) == pytest.approx(1, abs=0.01)
-    assert retained(T[:, :16] @ mixing[:16]) == pytest.approx(0.5, abs=0.05)
-    for S in (F.one_hot(y, 32) + 0.1 * noise, T[order], noise):
-        assert -0.1 < retained(S) < 0.03
+    T = torch.randn(600, 32, generator=seeded(0)) + 5 * y[:, None]
+    mixing = torch.randn(32, 32, generator=seeded(1))
+    noise = torch.randn(600, 32, generator=seeded(2))
+    assert retained(T @ mixing + 7, T, y, 400) == pytest.approx(1, abs=0.01)
+    assert retained(T[:, :16] @ mixing[:16], T, y, 400) == pytest.approx(0.5, abs=0.05)
+    for S in (F.one_hot(y, 32) + 0.1 * noise, T[torch.randperm(600, generator=seeded(3))], noise):
+        assert -0.1 < retained(S, T, y, 400) < 0.03
 
 
 def test_retained_does_not_believe_a_regression_on_few_texts():
     """With hardly more texts than features, noise fits the training texts, but predicts no other:
     leave-one-out has to choose a ridge that says so. A copy is still read off."""
     y = torch.arange(240) % 2
-    T, noise = (torch.randn(240, 32, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
-    few = slice(0, 40), slice(40, 240)
-
-    def retained(S):
-        return rift.retained(*(x[part] for part in few for x in (S, T, y)))
-
-    assert -0.15 < retained(noise) < 0.1 and retained(2 * T) > 0.9
+    T, noise = (torch.randn(240, 32, generator=seeded(i)) for i in (0, 1))
+    assert -0.15 < retained(noise, T, y, 40) < 0.1 and retained(2 * T, T, y, 40) > 0.9
 
 
 # ---- Recorded numbers ----------------------------------------------------------------------------

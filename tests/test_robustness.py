@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import random
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -136,7 +137,7 @@ def unkilled(base, tmp_path_factory):
     return outcome(folder / "killed" / "rift"), int((folder / "count").read_text())
 
 
-@pytest.mark.parametrize("draw", range(3))
+@pytest.mark.parametrize("draw", range(2))
 def test_a_run_killed_at_random_ends_like_one_that_was_never_killed(base, unkilled, tmp_path, draw):
     """Killed three times, each time gone on with. Its epochs are the second half of its moments."""
     expected, total = unkilled
@@ -186,13 +187,12 @@ def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path, script, module)
 
 def test_a_log_file_has_a_line_for_each_epoch_and_no_carriage_returns(here, capfd):
     """Standard error is a file here, as on a cluster."""
-    train.main([*TRAIN, "--method", "adv", "rift", "--seeds", "1", "2"])
-    eval.main(["runs/adv-1", "--attacks", "pwws", "hull"])
+    train.main([*TRAIN, "--method", "adv", "rift"])
+    eval.main(["runs/adv", "--attacks", "pwws", "hull"])
     out, err = capfd.readouterr()
-    starts = [f"{method} seed {seed}: epoch {epoch} " for method in ("adv", "rift")
-              for seed in (1, 2) for epoch in (1, 2)]
-    starts += ["runs/adv-1: pwws ", "runs/adv-1: hull "]
-    assert out.startswith("runs/adv-1: trains on ")
+    starts = [f"{method} seed 0: epoch {epoch} " for method in ("adv", "rift") for epoch in (1, 2)]
+    starts += ["runs/adv: pwws ", "runs/adv: hull "]
+    assert out.startswith("runs/adv: trains on ")
     assert "\r" not in out + err and len(err.splitlines()) == len(starts), err
     assert all(line.startswith(start) for line, start in zip(err.splitlines(), starts)), err
 
@@ -211,90 +211,82 @@ def changed(part=None, **values):
     return change
 
 
-def model_with(edit):
-    """A change of a run's model.safetensors, by an edit of its tensors."""
+def without(name):
+    """A change of a .safetensors file: it loses the tensors whose names start like this."""
     def change(content):
         tensors = safetensors.torch.load(content)
-        edit(tensors)
-        return safetensors.torch.save(tensors, {"about": "{}"})
+        kept = {key: p for key, p in tensors.items() if not key.startswith(name)}
+        return safetensors.torch.save(kept, {"about": "{}", "format": "pt"})
     return change
 
 
 WEIGHTS, CONFIG, MODEL = "bert/model.safetensors", f"{RUN}/config.json", f"{RUN}/model.safetensors"
-GENETIC = ["--attacks", "genetic", "--lm-constraint"]
+LOG, METRICS, TABLE_FILE = f"{RUN}/log.jsonl", f"{RUN}/metrics.json", f"{RUN}/neighbors.json"
 # Each row: files that are written first (None: deleted, a function: changed), arguments besides
 # TRAIN or RUN, and what the one line has to say.
 BEFORE_TEXTS_ARE_READ = [
-    ({}, ["--task", "imbd"], "--task imbd: no such folder, and not toy, imdb or snli"),
-    ({}, ["--task", "toy", "--model", "bert"], "--model bert: the toy task has an encoder"),
-    ({}, ["--neighbors", "tabel.json"], "tabel.json: cannot be read (No such file"),
-    ({}, ["--task", "imdb", "--data-dir", "nowhere"], "nowhere: no such folder (--data-dir"),
-    ({}, ["--max-len", "600"], "model bert: has positions for 34 tokens, --max-len is 600"),
-    ({}, ["--method", "standard"], f"{RUN}: holds a run already; --resume goes on with it, --ov"),
-    ({"taken": ""}, ["--out", "taken/below"], "taken/below/rift"),
-    ({}, ["--resume", "--overwrite"], "--resume and --overwrite: only one of them"),
-    ({}, ["--device", "cuda:99"], "--device cuda:99: not on this machine"),
-    ({}, ["--seeds", str(2 ** 70)], "has to be an integer of at least 0 and at most 4"),
-    ({}, ["--lr", "1e999"], "--lr: '1e999' has to be a number above 0"),
-    ({}, ["--adv-steps", "2.5"], "--adv-steps: '2.5' has to be an integer of at least 0"),
-    ({WEIGHTS: lambda content: content[:999]}, [], "model bert: cannot be loaded"),
-    ({WEIGHTS: "version https://git-lfs.github.com/spec/v1\n"}, [],
-     f"{WEIGHTS}: is a Git LFS pointer, not the weights: run `git lfs pull`"),
-    ({WEIGHTS: None, "bert/pytorch_model.bin": ""}, [], "has only pytorch_model.bin, which can ru"),
-    ({"bert/config.json": changed(model_type="deberta")}, [], "has model_type 'deberta', wanted"),
-    ({"bert/config.json": changed(hidden_size=32)}, [], "37 tensors are missing or of the wrong"),
-    ({"bert/config.json": changed(pad_token_id=3)}, [], "the tokenizer is another model's"),
-    ({"bert/tokenizer.json": None, "bert/vocab.txt": None}, [], " its tokenizer "),
+    ({}, "--task imbd", "--task imbd: no such folder, and not toy, imdb or snli"),
+    ({}, "--task toy --model bert", "--model bert: the toy task has an encoder"),
+    ({}, "--neighbors tabel.json", "tabel.json: cannot be read (No such file"),
+    ({}, "--task imdb --data-dir nowhere", "nowhere: no such folder (--data-dir"),
+    ({}, "--max-len 600", "model bert: has positions for 34 tokens, --max-len is 600"),
+    ({}, "--method standard", f"{RUN}: holds a run already; --resume goes on with it, --ov"),
+    ({"taken": ""}, "--out taken/below", "taken/below/rift"),
+    ({}, "--resume --overwrite", "--resume and --overwrite: only one of them"),
+    ({}, "--device cuda:99", "--device cuda:99: not on this machine"),
+    ({}, "--seeds 9999999999", "has to be an integer of at least 0 and at most 4"),
+    ({}, "--lr 1e999", "--lr: '1e999' has to be a number above 0"),
+    ({WEIGHTS: lambda content: content[:999]}, "", "model bert: cannot be loaded"),
+    ({WEIGHTS: "version https://git-lfs\n"}, "", f"{WEIGHTS}: is a Git LFS pointer, not the wei"),
+    ({WEIGHTS: None, "bert/pytorch_model.bin": ""}, "", "has only pytorch_model.bin, which can ru"),
+    ({"bert/config.json": changed(model_type="deberta")}, "", "has model_type 'deberta', wanted"),
+    ({"bert/config.json": changed(hidden_size=32)}, "", "37 tensors are missing or of the wrong"),
+    ({WEIGHTS: without("encoder.layer.1.")}, "", "16 tensors are missing or of the wrong shape"),
+    ({}, "--model ./nowhere", "model ./nowhere: no such folder"),
+    ({}, "--model a/b/c", "model a/b/c: no such folder"),
+    ({"bert/config.json": changed(pad_token_id=3)}, "", "the tokenizer is another model's"),
+    ({"bert/tokenizer.json": "{"}, "", "the files of its tokenizer are missing or damaged"),
+    ({"bert/tokenizer.json": None, "bert/vocab.txt": None}, "", "its tokenizer knows none of the"),
 ]
 BAD_TRAIN = [
-    ({}, ["--dev-size", "2"], "--dev-size: dev has 2 texts, wanted at least 4"),
-    ({"task/train.tsv": GOOD + "neg\n"}, [], "task/train.tsv, line 20: ['neg'] has 1 columns"),
-    ({"mine/aclImdb/x": ""}, ["--task", "imdb", "--data-dir", "mine"],
-     "mine/aclImdb: holds no aclImdb/train/neg/*.txt"),
-    ({}, ["--method", "standard", "--resume"],
-     f"{RUN}: --resume with epochs 2, but the run was started with 1"),
-    ({}, ["--method", "standard", "--resume", "--epochs", "1", "--seeds", "5"],
-     f"{RUN}: --resume with seed 5, but the run was started with 0"),
-    ({"task/neighbors.json": "{}"}, [], "task/neighbors.json: has no synonym for any word of the"),
+    ({}, "--dev-size 2", "--dev-size: dev has 2 texts, wanted at least 4"),
+    ({"mine/aclImdb/x": ""}, "--task imdb --data-dir mine", "holds no aclImdb/train/neg/*.txt"),
+    ({}, "--method standard --resume", "--resume with epochs 2, but the run was started with 1"),
+    ({f"task/{split}.tsv": GOOD + "so\ta film\n" * 9 for split in ("train", "dev", "test")},
+     "--batch-size 5", "--batch-size 5: wanted at least 6, two texts of each of 3 classes"),
+    ({"task/neighbors.json": "{}"}, "", "task/neighbors.json: has no synonym for any word of the"),
 ]
 BAD_EVAL = [
-    ({}, ["--attacks", "hotflip"], "invalid choice: 'hotflip'"),
-    ({}, ["--num", "3"], "unrecognized arguments: --num 3"),
-    ({}, [*GENETIC, "scores", "--data-dir", "/nowhere"], "/nowhere: "),
-    ({}, ["--csv", "texts.csv"], "--csv writes what --attacks found: which attacks?"),
-    ({}, ["--attacks", "pwws", "--csv", "no/texts.csv"], "no/texts.csv: wanted the name of a file"),
-    ({}, ["--attacks", "pwws", "--csv", "task"], "task: wanted the name of a file"),
-    ({}, ["--plot", "no/figure.png"], "no/figure.png: wanted the name of a file in a folder that"),
-    ({}, ["--attacks", "exhaustive"], "--attacks exhaustive tries every combination of swaps"),
-    ({}, [*GENETIC, "bert"], "--lm-constraint bert: neither none, scores nor a causal lang"),
-    ({}, ["--plot", "figure.docx"], "figure.docx: Format 'docx' is not supported"),
-    ({}, ["--plot", "figure.png", "--plot-attack", "genetic"], "on test was without genetic"),
-    ({RUN: None}, [], f"{RUN}: not a run of train.py, it has no config.json"),
-    ({CONFIG: "{}"}, [], f"{CONFIG}: {data.NOT_OURS}"),
-    ({CONFIG: changed("settings", max_len=512)}, [], "positions for 34 tokens, --max-len is 512"),
-    ({CONFIG: changed("settings", train_size=8)}, [], f"{RUN}: was trained on other data than is"),
-    ({CONFIG: changed("settings", max_len="x")}, [], f"{CONFIG}: {data.NOT_OURS}"),
-    ({CONFIG: changed(fingerprints=[1])}, [], f"{CONFIG}: {data.NOT_OURS}"),
-    ({f"{RUN}/log.jsonl": "[1]\n"}, ["--plot", "figure.png"],
-     f"{RUN}/log.jsonl, line 1: {data.NOT_OURS}"),
-    ({f"{RUN}/log.jsonl": "{}\n"}, ["--plot", "figure.png"], f"{RUN}/log.jsonl: {data.NOT_OURS}"),
-    ({f"{RUN}/metrics.json": '{"best_epoch": "x"}'}, ["--plot", "figure.png"],
-     f"{RUN}/log.jsonl: lacks the epoch that metrics.json names"),
-    ({f"{RUN}/attacks.jsonl": "[1]\n"}, ["--attacks", "pwws"],
-     f"{RUN}/attacks.jsonl, line 1: {data.NOT_OURS}"),
-    ({f"{RUN}/eval.json": '{"settings": 3, "clean": "x"}'}, ["--plot", "figure.png",
-     "--plot-attack", "pwws"], "on test was without pwws"),
-    ({CONFIG: changed(labels=["neg", "pos", "so"])}, [], f"{MODEL}: of another run, or damaged"),
-    ({MODEL: model_with(lambda x: x.pop("head.0.bias"))}, [], f"{MODEL}: of another run, or dam"),
-    ({MODEL: model_with(lambda x: x.pop("g.0.0.weight"))}, [], "damaged: it lacks g.0.0.weight"),
-    ({MODEL: model_with(lambda x: x.pop("h.1.2.bias"))}, [], "damaged: it lacks h.1.2.bias"),
-    ({MODEL: model_with(lambda x: x["head.0.bias"].log_())}, [], f"{RUN}: its weights are not fin"),
-    ({MODEL: lambda content: content[:9000]}, [], f"{MODEL}: {data.NOT_OURS}"),
-    ({f"{RUN}/metrics.json": None}, [], f"{RUN}: the run is not finished; train.py --resume goes"),
-    ({f"{RUN}/neighbors.json": None}, [], f"{RUN}/neighbors.json: cannot be read"),
-    ({f"{RUN}/neighbors.json": "{}"}, [], f"{RUN}/neighbors.json: is not the table that the run"),
-    ({f"{RUN}/encoder": None}, [], f"{RUN}/encoder: no such folder"),
-    ({f"{RUN}/eval.json": '{"cle'}, [], f"{RUN}/eval.json: {data.NOT_OURS}"),
+    ({}, "--attacks hotflip", "invalid choice: 'hotflip'"),
+    ({}, "--num 3", "unrecognized arguments: --num 3"),
+    ({}, "--attacks genetic --lm-constraint scores --data-dir /nowhere", "/nowhere: "),
+    ({}, "--csv texts.csv", "--csv writes what --attacks found: which attacks?"),
+    ({}, "--attacks pwws --csv task", "task: wanted the name of a file"),
+    ({}, "--plot no/figure.png", "no/figure.png: wanted the name of a file in a folder that"),
+    ({}, "--attacks exhaustive", "--attacks exhaustive tries every combination of swaps"),
+    ({}, "--attacks genetic --lm-constraint bert", "lm-constraint bert: neither none, scores nor"),
+    ({}, "--plot figure.docx", "figure.docx: Format 'docx' is not supported"),
+    ({}, "--plot x.png --plot-attack genetic", "on test was without genetic: first run eval.py"),
+    ({RUN: None}, "", f"{RUN}: not a run of train.py, it has no config.json"),
+    ({CONFIG: "{}"}, "", f"{CONFIG}: is not that of a run of train.py"),
+    ({CONFIG: changed("settings", max_len=512)}, "", "positions for 34 tokens, --max-len is 512"),
+    ({CONFIG: changed("settings", train_size=8)}, "", f"{RUN}: was trained on other data than is"),
+    ({CONFIG: changed("settings", method="own")}, "", "its method own is not in rift.METHODS"),
+    ({}, "runs/../runs/standard --attacks pwws", f"the settings and the seed of {RUN};"),
+    ({}, "--task nowhere", "nowhere is not there; --task FOLDER says where it is now"),
+    ({LOG: "[1]\n"}, "--plot x.png", f"{LOG}, line 1: {data.NOT_OURS}"),
+    ({f"{RUN}/attacks.jsonl": "[]\n"}, "--attacks pwws", f"jsonl, line 1: {data.NOT_OURS}"),
+    ({f"{RUN}/eval.json": '{"settings": 3}'}, "--plot x.png --plot-attack pwws", "without pwws"),
+    ({CONFIG: changed(labels=["neg", "pos", "so"])}, "", f"{MODEL}: of another run, or damaged"),
+    ({MODEL: without("g.0.0.weight")}, "", "of another run, or damaged, see g.0.0.weight"),
+    ({MODEL: without("h.1.2.bias")}, "", "of another run, or damaged, see h.1.2.bias"),
+    ({f"{RUN}/encoder/model.safetensors": without("pooler.")}, "", "encoder: 2 tensors are miss"),
+    ({MODEL: lambda content: content[:9000]}, "", f"{MODEL}: {data.NOT_OURS}"),
+    ({METRICS: None}, "", f"{RUN}: the run is not finished; train.py --resume goes"),
+    ({TABLE_FILE: None}, "", f"{TABLE_FILE}: cannot be read"),
+    ({TABLE_FILE: "{}"}, "", f"{TABLE_FILE}: is not the table that the run"),
+    ({f"{RUN}/encoder": None}, "", f"{RUN}/encoder: no such folder"),
+    ({f"{RUN}/eval.json": '{"cle'}, "", f"{RUN}/eval.json: {data.NOT_OURS}"),
 ]
 
 
@@ -328,13 +320,15 @@ def test_what_is_cheap_to_check_is_one_line_before_a_text_is_read(
         here, capsys, monkeypatch, files, arguments, message):
     monkeypatch.setattr(data, "load_task", lambda *_, **__: pytest.fail("texts were read"))
     prepare(files)
-    assert message in refused(capsys, train.main, [*TRAIN, *arguments])
+    assert message in refused(capsys, train.main, [*TRAIN, *arguments.split()])
 
 
 @each_of(BAD_TRAIN)
-def test_bad_input_to_training_is_one_line(here, capsys, files, arguments, message):
+def test_bad_input_to_training_is_one_line_before_the_teacher_reads(
+        here, capsys, monkeypatch, files, arguments, message):
+    monkeypatch.setattr(eval.Victim, "features", lambda *_, **__: pytest.fail("texts were read"))
     prepare(files)
-    assert message in refused(capsys, train.main, [*TRAIN, *arguments])
+    assert message in refused(capsys, train.main, [*TRAIN, *arguments.split()])
 
 
 @each_of(BAD_EVAL)
@@ -342,7 +336,7 @@ def test_bad_input_to_evaluation_is_one_line(here, capsys, files, arguments, mes
     if "--plot" in arguments:
         pytest.importorskip("matplotlib")
     prepare(files)
-    assert message in refused(capsys, eval.main, [RUN, "--num-examples", "4", *arguments])
+    assert message in refused(capsys, eval.main, [RUN, *arguments.split(), "--num-examples", "4"])
 
 
 def test_without_matplotlib_it_is_one_line(here, monkeypatch, capsys):
@@ -350,13 +344,18 @@ def test_without_matplotlib_it_is_one_line(here, monkeypatch, capsys):
     assert "pip install matplotlib" in refused(capsys, eval.main, [RUN, "--plot", "figure.png"])
 
 
+def as_script(name, *arguments):
+    sys.argv = [name, *arguments]
+    runpy.run_path(str(ROOT / name), run_name="__main__")
+
+
 def test_bad_input_to_a_command_is_one_line(here):
     """Also in a process of its own, where libraries print what they like."""
-    for script, *arguments in (["train.py", *TRAIN, "--max-len", "600"], ["eval.py", "bert"]):
-        ended = subprocess.run([sys.executable, ROOT / script, *arguments], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        said, = ended.stdout.splitlines()
-        assert ended.returncode == 2 and said.startswith(f"{script}: error: ")
+    ended = subprocess.run([sys.executable, ROOT / "train.py", *TRAIN, "--max-len", "600"],
+                           text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    said, = ended.stdout.splitlines()
+    assert ended.returncode == 2 and said.startswith("train.py: error: ")
+    assert children(as_script, ("eval.py", "bert")) == [2]
 
 
 # ---- Random files --------------------------------------------------------------------------------
@@ -373,10 +372,8 @@ def mutated(rng, content):
     for _ in range(rng.randint(0, 3)):
         i = rng.randrange(len(content) + 1)
         j = min(len(content), i + rng.randint(0, 6))
-        letter = chr(rng.randrange(0x110000))
-        odd = rng.choice([rng.choice(ODD), "\t", "\n", '"', "\\ud800", letter])
-        content[i:j] = rng.choice([b"", content[i:j] * 2, rng.randbytes(1),
-                                   odd.encode("utf-8", "surrogatepass")])
+        odd = rng.choice([*ODD, "\t", "\n", '"', "\\ud800"]).encode()
+        content[i:j] = rng.choice([b"", content[i:j] * 2, rng.randbytes(1), odd])
     return bytes(content[:rng.randint(0, len(content))] if rng.random() < 0.1 else content)
 
 
@@ -384,7 +381,7 @@ def test_random_files_are_read_or_refused(tmp_path):
     """What is read has two labels or more, and texts without tabs and line breaks."""
     rng, refusals = random.Random(0), 0
     (tmp_path / "test.tsv").write_text(GOOD)
-    for _ in range(1000):
+    for _ in range(300):
         (tmp_path / "train.tsv").write_bytes(mutated(rng, GOOD.encode()))
         try:
             labels, splits = data.read_folder(tmp_path)
@@ -396,7 +393,7 @@ def test_random_files_are_read_or_refused(tmp_path):
         for texts, y in splits["train"]:
             assert 0 <= y < len(labels) and len(texts) in (1, 2)
             assert not any("\t" in text or "\n" in text for text in texts)
-    assert 100 < refusals < 900, refusals
+    assert 30 < refusals < 270, refusals
 
 
 # ---- Odd texts -----------------------------------------------------------------------------------
@@ -418,15 +415,16 @@ def write_odd(folder):
     prepare({folder / name: content for name, content in files.items()})
 
 
-@pytest.mark.parametrize("task", ["imdb", "snli"])
-def test_odd_texts_train_evaluate_and_are_attacked(model_folder, tmp_path, plain_words, task):
-    write_odd(tmp_path / "data")
+def test_odd_texts_train_evaluate_and_are_attacked(model_folder, tmp_path, monkeypatch,
+                                                   plain_words):
+    """Reviews are read by BERT, pairs by RoBERTa."""
+    monkeypatch.chdir(tmp_path)
+    write_odd(Path("data"))
+    task, run = {"bert": "imdb", "roberta": "snli"}[model_folder.name], Path("runs/rift")
     odd_table = TABLE | {"good": ["</s>", "[sep]", "great", "😀"], "...": ["?!"]}
-    data.write_json(tmp_path / "table.json", odd_table)
-    run = tmp_path / "runs" / "rift"
-    train.main([*TRAIN, *map(str, [
-        "--task", task, "--data-dir", tmp_path / "data", "--model", model_folder, "--neighbors",
-        tmp_path / "table.json", "--out", run.parent, "--epochs", 1, "--batch-size", 9])])
+    data.write_json(Path("table.json"), odd_table)
+    more = f"--task {task} --data-dir data --model {model_folder} --neighbors table.json --epochs 1"
+    train.main([*TRAIN, *more.split(), "--batch-size", "9"])
     eval.main([str(run), *"--attacks pwws genetic hull --lm-constraint none --population 4 "
                "--generations 2".split()])
     attacked = {line["attack"] for line in data.read_lines(run / "attacks.jsonl")}
@@ -478,11 +476,11 @@ def test_processes_that_fill_the_cache_at_once_all_succeed(tmp_path):
 
 
 @pytest.mark.parametrize("name, nth", [
-    ("config.json", 1), ("best.safetensors", 1), ("checkpoint.safetensors", 2), ("encoder", 1),
-    ("model.safetensors", 1), ("metrics.json", 1)])
+    ("checkpoint.safetensors", 2), ("best.safetensors", 2), ("encoder", 1)])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(here, unkilled, capsys, monkeypatch,
                                                            name, nth):
-    """The system stops the n-th writing of this file after 10 bytes. What is there stays."""
+    """The system stops the n-th writing of this file after 10 bytes. What is there stays; the best
+    weights are written twice, then those in the checkpoint have to do."""
     replacing, limits = data.replacing, resource.getrlimit(resource.RLIMIT_FSIZE)
     times, before = [], {}
 
