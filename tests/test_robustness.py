@@ -425,7 +425,7 @@ def test_odd_texts_train_evaluate_and_are_attacked(model_folder, tmp_path, monke
     data.write_json(Path("table.json"), odd_table)
     more = f"--task {task} --data-dir data --model {model_folder} --neighbors table.json --epochs 1"
     train.main([*TRAIN, *more.split(), "--batch-size", "9"])
-    eval.main([str(run), *"--attacks pwws genetic hull --lm-constraint none --population 4 "
+    eval.main([str(run), *"--attacks pwws genetic hull --lm-constraint none --population 2 "
                "--generations 2".split()])
     attacked = {line["attack"] for line in data.read_lines(run / "attacks.jsonl")}
     assert attacked == {"pwws", "genetic", "hull"}
