@@ -845,6 +845,8 @@ def draw_accuracy(ax, runs, attack, over):
     from matplotlib.patheffects import withStroke       # not at the top: matplotlib is optional
     if over == "alpha":
         runs = [x for x in runs if x.run.method in ("adv", "rift")]
+        smallest = min(x.run.alpha for x in runs if x.run.alpha > 0)
+        ax.set_xscale("symlog", linthresh=smallest)     # logarithmic, but with a place for 0
         ax.set(xlabel="alpha, weight of L_info (adv has none)", ylabel="accuracy")
     else:
         ax.margins(0.08)
