@@ -915,8 +915,8 @@ def balanced_batches(y, lengths, batch_size, rng, window=50):
 
     y, lengths: class and length of each example; batch_size: rounded down to a multiple of the
     number of classes; rng: numpy Generator. No example comes twice. The epoch ends when the
-    smallest class is used up (a last, smaller batch is kept if it has 2 of each); which examples of
-    a larger class are left over changes each epoch. Within every `window` batches, examples of
+    smallest class is used up (its rest makes a smaller batch, if it has 2 of each); which examples
+    of a larger class are left over changes each epoch. Within every `window` batches, examples of
     similar length share a batch, which saves padding. A batch is sorted by class, each in random
     order.
     """

@@ -280,7 +280,7 @@ def bootstrap(statistic, *groups, draws=10_000, seed=0):
 # the command line sets has a flag in parse() and a place in keywords().
 ATTACKS = {
     "pwws": attacks.pwws,
-    "genetic": attacks.genetic,                     # with the language-model constraint
+    "genetic": attacks.genetic,                     # alone heeds --lm-constraint
     "pwws-wordnet": attacks.pwws,                   # the synonyms are WordNet's
     "exhaustive": attacks.exhaustive,               # needs --max-queries
     "hull": hull_attack,                            # needs gradients: for finished runs only
@@ -403,7 +403,8 @@ def run_attack(name, victim, table, plan, texts, pending, s, args):
 
 
 def conditions(folder, s, precision, tables, plan, args):
-    """All that an outcome depends on: {"clean": what all attacks share, attack: its own}.
+    """The settings and weights that an outcome depends on: {"clean": what all attacks share,
+    attack: its own}. (For a change of an attack's code there is --overwrite.)
 
     Attacks of eval.json that are not asked for today are included, with the settings that they had
     then, if what all share is the same as today; so their results stay in eval.json.
@@ -528,8 +529,8 @@ interval. hull: the search of training, but against the true label and rounded t
 stand-in for the attacks. unknown: the word that PWWS puts in place of each other to see how much it
 matters. words: share of the words that successful attacks changed. queries: different texts that
 the attack asked about, on average (hull: forward passes). fixed: share of the attacked texts in
-which no word that the model sees has a synonym. stopped: share of all N texts that survived only
-because --max-queries ended the attack. The true robust accuracy is at most what survived, and if
+which no word that the model sees has a synonym. stopped: share of all N texts that survived, but
+for which --max-queries ended the attack. The true robust accuracy is at most what survived, and if
 the attack is exhaustive, at least that minus what was stopped."""
 
 
@@ -797,7 +798,7 @@ def spread(values, n=None):
     return mean, max(mean - low, 0), max(high - mean, 0)
 
 
-# flags of eval.py that have to be the same for all runs of a figure
+# flags of eval.py that have to be the same for all runs of a figure of accuracies
 ASKED = "seed", "population", "generations", "lm_constraint", "max_queries"
 
 

@@ -432,7 +432,7 @@ class Outputs:
 
 
 class RIFT(nn.Module):
-    """The objective model F_s with its head q, the frozen teacher F_t, the projections g_c and h_c.
+    """The fine-tuned F_s with its head q, the frozen teacher F_t, the projections g_c and h_c.
 
     encoder: a Hugging Face BERT or RoBERTa encoder; C: number of classes; pooling: see features();
     marginal: one pair of projections for all classes, for the bound on I(S;T); dtype: in which the
@@ -523,8 +523,8 @@ def ptwd(o):
 
 # method: {term: its weight, a number or the name of a setting}. What is not listed is not computed.
 # To add a method, write its new terms above and its line here. A method with a term besides ce and
-# ptwd is given x^, and its epoch is chosen by (hull, clean). Two names are special: "rift-marginal"
-# has one pair of projections, the encoder of "adv-mixout" computes with mixout().
+# ptwd is given x^, and its epoch is chosen by hull accuracy on dev. Two names are special:
+# "rift-marginal" has one pair of projections, the encoder of "adv-mixout" computes with mixout().
 METHODS = {
     "standard": {ce: 1},
     "adv": {ce: 1, kl: "beta"},                             # L_task

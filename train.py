@@ -5,9 +5,9 @@
     torchrun --nproc-per-node 8 train.py --task imdb  on eight GPUs, see "Several processes"
 
 Algorithm 1 is the loop in train(), with algorithm_1() for one batch. All that is random in a step
-follows from the seed and the step's number: a run that was killed goes on from its last finished
-epoch, on a CPU to the same weights bit for bit (a GPU adds some numbers up in another order each
-time).
+follows from the seed, the epoch, the step and the process: a run that was killed goes on from its
+last finished epoch, on a CPU to the same weights bit for bit (a GPU adds some numbers up in another
+order each time).
 """
 import signal
 
@@ -103,7 +103,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
             group["lr"] = s.lr * s.schedule[min(epoch, len(s.schedule)) - 1]
         rng = np.random.default_rng([s.seed, epoch])
         batches = data.balanced_batches(y, lengths, s.batch_size, rng)
-        # a last, smaller batch may be too small to share out (if all are, share() says so)
+        # the smaller batch may be too small to share out (if all are, share() says so)
         batches = [rows for rows in batches if len(rows) >= len(task.labels) * world] or batches
         start, sums = time.monotonic(), Counter()
         model.train()
