@@ -406,8 +406,9 @@ def conditions(folder, s, precision, tables, plan, args):
     """The settings and weights that an outcome depends on: {"clean": what all attacks share,
     attack: its own}. (For a change of an attack's code there is --overwrite.)
 
-    Attacks of eval.json that are not asked for today are included, with the settings that they had
-    then, if what all share is the same as today; so their results stay in eval.json.
+    An attack of eval.json that is not asked for today is included, with the settings that it had
+    then, if what all share is the same as today; so its result stays in eval.json. One that is
+    asked for has today's settings only.
     """
     paths = folder / "encoder" / "model.safetensors", folder / "model.safetensors"
     weights = data.fingerprint(b"".join(path.read_bytes() for path in paths))

@@ -211,7 +211,7 @@ def noise(shape, max_len, generator=None):
 
 def adversary(encoder, head, input_ids, attention_mask, subs, subs_mask, v, y=None, *,
               pooling="pooler", steps=10, lr=1.0, weight_decay=2e-5, sparsity=15.0):
-    """w of x^, the worst point of the hull, for training and for the quick robust accuracy.
+    """The weights w; mix(e, E, free, w[free]) is x^, the worst point of the hull.
 
         max over v of   gain(x^(v)) - sparsity * sum_l H(w_l) / (300 * 128),   by Adam's ascent
 
@@ -529,7 +529,7 @@ METHODS = {
     "standard": {ce: 1},
     "adv": {ce: 1, kl: "beta"},                             # L_task
     "adv-ptwd": {ce: 1, kl: "beta", ptwd: "ptwd"},
-    "adv-mixout": {ce: 1, kl: "beta"},                      # with p_mixout, set in train.run
+    "adv-mixout": {ce: 1, kl: "beta"},                      # with RIFT's p_mixout, see train.run
     "rift-marginal": {ce: 1, kl: "beta", info: "alpha"},    # one pair of projections: I(S;T)
     "rift": {ce: 1, kl: "beta", info: "alpha"},             # L_task + alpha * L_info
 }

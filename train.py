@@ -344,7 +344,7 @@ def check_ours(folder, ours):
 # Every process draws the same batches and takes its share of each, has its own dropout and noise,
 # and computes its own x^. rift.info compares the texts of all; the gradients are averaged, so that
 # all take the same step. Each measures the whole of dev, which needs no message. The first one
-# reads the data before the others, writes all files and measures test.
+# reads the data and fills the caches before the others read them, writes all files, measures test.
 
 
 def processes():
