@@ -170,8 +170,8 @@ class Result:
     prediction: int     # the victim's, on `adversarial`
     words_changed: int  # number of positions
     queries: int        # distinct texts sent to the victim for this example, the original included
-    stopped: bool       # it survived, but max_queries ended the search: whether it can be fooled is
-                        # open; true robust accuracy: (survived - stopped) / N to survived / N
+    stopped: bool       # it survived, but max_queries ended the search; after exhaustive, the true
+                        # robust accuracy lies from (survived - stopped) / N to survived / N
     correct: bool       # the victim was right on `original`; otherwise it was not attacked
     substitutable: int  # number of positions that could change, also where it was not attacked
 

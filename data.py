@@ -203,7 +203,7 @@ RESOURCES = {
              ("md5", "7c2ac02c03563afcf9b574c7e56c153a")),
     "snli": (["snli_1.0.zip", "snli_1.0"],
              "https://nlp.stanford.edu/projects/snli/snli_1.0.zip", None),
-    # the table of Jia et al. 2019; the authors' repository has it as attack/FILE
+    # the table of Jia et al. 2019, which the authors' repository has in its folder attack too
     "published": (["counterfitted_neighbors.json"],
                   "https://raw.githubusercontent.com/robinjia/certified-word-sub/master/data/"
                   "counterfitted_neighbors.json",
@@ -323,8 +323,8 @@ def unpack(path, private=False):
 def prepare_nltk(data_dir=None, wordnet=False):
     """Makes NLTK's sentence tokenizer, and WordNet if asked for, available in this process.
 
-    They come from data_dir, the cache or NLTK's own folders. Only what is in none of them is
-    downloaded.
+    They come from data_dir, the cache or NLTK's own folders. If something is in none of them, they
+    are downloaded.
     """
     own = cache_dir() / f"nltk_data-{USER}"
     # data_dir's is found first, so it is put in front last
@@ -409,8 +409,8 @@ def from_text(text):
 def substitutes(words, table):
     """The substitutes of each of a text's n words: a list of n lists, empty where there are none.
 
-    table: {word: list of words}. Pieces of contractions have none, because they are no words; `ca`
-    is a piece only before `n't`.
+    table: {word: list of words}. Pieces of contractions have none, because they are no words (`ca`
+    is one only before `n't`, `ll` only after an apostrophe).
     """
     out = []
     for before, word, after in zip(("", *words), words, (*words[1:], "")):
@@ -456,8 +456,8 @@ def choose(splits, labels, sizes, split_seed, where):
     """{split: [(texts, y), ..]}: the examples to use of train, dev and test, in random order.
 
     sizes: {split: n}: n examples, equally many of each class (n is rounded down); None: all.
-    Subsets and their order depend on split_seed alone, so every method and seed sees the same
-    texts, and the first n of a split are a random sample of it.
+    Subsets and their order depend on split_seed and the sizes, so every method and seed sees the
+    same texts, and the first n of a split are a random sample of it.
     """
     if split_seed < 0:
         raise InputError(f"split seed {split_seed}: has to be 0 or more")
@@ -636,9 +636,9 @@ CLOSED_CLASS = set("""
 
 
 def find_neighbors(source="published", data_dir=None):
-    """The Path of a substitution table, looked for in data_dir first, or "wordnet".
+    """The Path of a substitution table, or "wordnet"; what is not there is fetched.
 
-    A quick check that it is there, before anything is computed. source: as for load_neighbors.
+    source: as for load_neighbors. A file is looked for in data_dir first, then as it is named.
     """
     if source == "wordnet":
         prepare_nltk(data_dir, wordnet=True)
@@ -646,11 +646,12 @@ def find_neighbors(source="published", data_dir=None):
     if source in ("published", "vectors"):
         return locate(source, data_dir)
     path = Path(os.path.expanduser(source))
-    path = [*find(data_dir, path), path][0]
     if path.suffix not in (".json", ".txt", ".zip"):
         raise InputError(f"{path}: wanted published, vectors, wordnet, a neighbour table .json, or "
                          "a vector file .txt or .zip")
+    inside = Path(os.path.expanduser(data_dir or "")) / path
     with reading(path):
+        path = inside if inside.exists() else path
         path.open("rb").close()
     return path
 
@@ -695,7 +696,7 @@ def wordnet_neighbors(words):
     wordnet, table = nltk.corpus.wordnet, {}
     words = sorted(set(words) - CLOSED_CLASS)
 
-    def compute():      # all at once, because NLTK's reader fails when several threads use it
+    def compute():
         for word in tqdm(words, "synonyms", delay=2, disable=None):
             def count(pos):
                 form = wordnet.morphy(word, pos)    # of "films" it is "film"
@@ -1100,15 +1101,15 @@ TOY_OTHERS = {slot: [concept.split() for concept in concepts.split("|")] for slo
 }.items()}
 TOY_CLAUSES = ["the {noun} was {adverb} {adjective}", "{adverb} {adjective} {noun}"]
 TOY_OPINION = "{people} {verb} the {description} {noun}"
-TOY_SEEN = 5    # the labelled texts speak of the first five aspects only
+TOY_SEEN = 5    # the texts of train and dev speak of the first five aspects only
 TOY_DRAW = 1    # one of three draws of the texts, chosen, like the grammar, to show the mechanism
 
 
-def toy_review(rng, y, lean=0.0, labelled=False):
+def toy_review(rng, y, lean=0.0, narrow=False):
     """One review of class y (0 blame, 1 praise), a str. rng: random.Random.
 
     lean: how often a neutral concept takes one of its first two words for praise, one of its last
-    two for blame: a shortcut that says nothing about sentiment. labelled: a text of train or dev,
+    two for blame: a shortcut that says nothing about sentiment. narrow: a text of train or dev,
     which takes the sentiment words from the first two of their concept, the aspects from the first
     TOY_SEEN, the verbs from the first concept.
     """
@@ -1116,9 +1117,9 @@ def toy_review(rng, y, lean=0.0, labelled=False):
         return rng.choice((concept[:2] if y else concept[2:]) if rng.random() < lean else concept)
 
     def clause(template):
-        noun, praise, blame = TOY_ASPECTS[rng.randrange(TOY_SEEN if labelled else len(TOY_ASPECTS))]
-        verbs = rng.choice(TOY_OTHERS["love" if y else "hate"][:1 if labelled else None])
-        known = 2 if labelled else 4    # of the four words of a concept
+        noun, praise, blame = TOY_ASPECTS[rng.randrange(TOY_SEEN if narrow else len(TOY_ASPECTS))]
+        verbs = rng.choice(TOY_OTHERS["love" if y else "hate"][:1 if narrow else None])
+        known = 2 if narrow else 4    # of the four words of a concept
         fill = {"adjective": rng.choice((praise if y else blame)[:known]),
                 "verb": rng.choice(verbs[:known])}
         for slot in ("adverb", "people", "description", "opener"):
@@ -1146,7 +1147,7 @@ def toy_neighbors():
 def toy_splits(sizes, split_seed):
     """{"train", "dev", "test": [Example, ..]}.
 
-    Train and dev are labelled texts and lean (0.8, see toy_review); test has all aspects and
+    Train and dev are narrow and lean (0.8, see toy_review); test has all aspects and
     sentiment words and leans a little less (0.75). sizes: {split: n}, n rounded down to an even
     number; None is TOY_SIZES's.
     """
@@ -1156,7 +1157,7 @@ def toy_splits(sizes, split_seed):
         n = (sizes[split] or TOY_SIZES[split]) // 2 * 2
         if n == 0:
             raise InputError(f"toy: {split}: {sizes[split]} texts, wanted at least 2")
-        texts = [toy_review(rng, i % 2, lean, labelled=split != "test") for i in range(n)]
+        texts = [toy_review(rng, i % 2, lean, narrow=split != "test") for i in range(n)]
         splits[split] = [Example(from_text(text), i % 2) for i, text in enumerate(texts)]
     return splits
 

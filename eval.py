@@ -44,10 +44,10 @@ import data
 import rift
 from data import InputError
 
-# What a run is made of, by the fingerprints in its config.json, and the settings that name where
-# each comes from. Two paths with the same content make the same run.
+# What a run is made of, each with a fingerprint in config.json, and the setting that says where it
+# comes from. Fingerprints are compared, not these settings: two paths may have the same content.
 SOURCES = {"data": "task", "encoder": "model", "neighbors": "neighbors"}
-# Settings that do not change the result.
+# Settings that may differ between runs that are the same.
 INCIDENTAL = (*SOURCES.values(), "data_dir", "device", "eval_batch_size")
 
 
@@ -58,8 +58,8 @@ class Victim:
     """A trained classifier as a function from texts to class probabilities.
 
     victim(texts) -> (N, C) float32 array. A text is its words joined by single spaces, a pair is a
-    tuple of two such strings; it is already tokenized and only split at spaces. Raises ValueError
-    for anything else.
+    tuple of two such strings; it is already tokenized, and only split at white space. Raises
+    ValueError for anything else.
     model: a rift.RIFT; vocabulary: a data.Vocabulary; labels: names of the classes; parts: 1 if the
     model reads single texts, 2 for pairs.
     """
@@ -189,7 +189,8 @@ def search_settings(s):
 
 
 def hull_attack(victim, examples, *, seed=0, bar=None, **search):
-    """Attacks with the adversary in the hull, which here knows the label, and makes x^ a text.
+    """Attacks with the adversary in the hull, which here knows the label, and rounds x^ to a text:
+    at each position the candidate with the largest weight.
 
     examples: N data.Example; each starts from its own noise, seeded with (seed, its place in the
     list), so that in fp32 the texts found do not depend on the batches. search: see
@@ -197,29 +198,23 @@ def hull_attack(victim, examples, *, seed=0, bar=None, **search):
     Returns (predictions, texts, S): the classes predicted for the adversarial texts, (N,) int64;
     these texts as words; their features (N, H).
     """
-    vocabulary, encoder, pooling = victim.vocabulary, victim.model.encoder, victim.model.pooling
+    vocabulary = victim.vocabulary
     texts = [vocabulary.visible(x.words) for x in examples]
     y = torch.tensor([x.y for x in examples], dtype=torch.int64, device=victim.device)
     adversarial = [None] * len(texts)
-    S = torch.empty(len(texts), encoder.config.hidden_size, device=victim.device)
 
     def start(i):                                       # v of example i, (max_len, candidates)
         generator = torch.Generator().manual_seed(data.seed_of(seed, i))
         shape = vocabulary.max_len, vocabulary.max_candidates
         return rift.noise(shape, vocabulary.max_len, generator)
 
-    theta = rift.weights_in(encoder, victim.model.dtype)
-    with rift.dropout_off(encoder), rift.stand_in(encoder, theta):
-        for rows, batch in victim.batches(texts, hull=True, bar=bar):
-            B, L, K = batch["subs"].shape
-            v = torch.stack([start(i)[:L, :K] for i in rows]).to(victim.device)
-            w = rift.adversary(encoder, victim.model.head, **batch, v=v, y=y[rows],
-                               pooling=pooling, **search)
-            with torch.no_grad():
-                e = rift.embed(encoder, rift.discrete(batch["subs"], w))        # (B, L, H)
-                S[rows] = rift.features(encoder, e, batch["attention_mask"], pooling)
-            for i, choice in zip(rows, w.argmax(-1).tolist()):                  # choice: (L,)
-                adversarial[i] = vocabulary.substitute(texts[i], choice)
+    for rows, batch in victim.batches(texts, hull=True, bar=bar):
+        B, L, K = batch["subs"].shape
+        v = torch.stack([start(i)[:L, :K] for i in rows]).to(victim.device)
+        w = victim.model.adversary(**batch, v=v, y=y[rows], **search)           # (B, L, K)
+        for i, choice in zip(rows, w.argmax(-1).tolist()):                      # choice: (L,)
+            adversarial[i] = vocabulary.substitute(texts[i], choice)
+    S = victim.features(adversarial)
     return victim.probabilities(S).argmax(-1), adversarial, S
 
 
@@ -280,7 +275,7 @@ def bootstrap(statistic, *groups, draws=10_000, seed=0):
 # the command line sets has a flag in parse() and a place in keywords().
 ATTACKS = {
     "pwws": attacks.pwws,
-    "genetic": attacks.genetic,                     # alone heeds --lm-constraint
+    "genetic": attacks.genetic,                     # with the synonyms that --lm-constraint leaves
     "pwws-wordnet": attacks.pwws,                   # the synonyms are WordNet's
     "exhaustive": attacks.exhaustive,               # needs --max-queries
     "hull": hull_attack,                            # needs gradients: for finished runs only
@@ -356,9 +351,8 @@ def make_plan(s, args):
 
 def constraint(s, args):
     """The genetic attack's language-model constraint: none, scores or the name of a model."""
-    if "genetic" not in args.attacks:
-        return "none"
-    return args.lm_constraint or ("scores" if s.task in ("imdb", "snli") else "none")
+    by_default = "genetic" in args.attacks and s.task in ("imdb", "snli")
+    return args.lm_constraint or ("scores" if by_default else "none")
 
 
 def keywords(name, s, args):
@@ -436,10 +430,11 @@ def files_of(split):
 def evaluate(folder, plan, args):
     """The Evaluation of one run: clean accuracy and every attack asked for, on the chosen texts.
 
-    Writes attacks.jsonl, eval.json and, for the test split, the accuracy under each attack but hull
-    into metrics.json. Each line of attacks.jsonl carries a fingerprint of its settings and weights.
-    Lines with today's are used again; others stay in the file, for a command that has theirs.
-    eval.json keeps an earlier attack, see conditions(), if it covers all the texts.
+    Writes attacks.jsonl, eval.json and, for the test split, eval.json's accuracies under attacks
+    (but hull) into metrics.json, in place of those there. Each line of attacks.jsonl carries a
+    fingerprint of its settings and weights. Lines with today's are used again; others stay in the
+    file, for a command that has theirs. eval.json keeps an earlier attack, see conditions(), if its
+    lines cover all the texts.
     """
     s, config = settings_of(folder)
     table = None
@@ -504,7 +499,7 @@ def evaluate(folder, plan, args):
 
 def keep(results, mark, lines, path):
     """Adds each Result to lines, {index: line}, and at once to attacks.jsonl, so that a stop loses
-    no finished text. Raises InputError if a second eval.py has replaced the file meanwhile."""
+    none of them. Raises InputError if a second eval.py has replaced the file meanwhile."""
     with data.writing(path), open(path, "ab", buffering=0) as file:
         for result in results:
             if os.fstat(file.fileno()).st_nlink == 0:
@@ -527,10 +522,10 @@ LEGEND = """
 N: texts, the same for every run on a data set. clean: the share of them that is classified right.
 Each attack: the share that is right and stays right under the attack. Both with a 95% Wilson
 interval. hull: the search of training, but against the true label and rounded to words, a quick
-stand-in for the attacks. unknown: the word that PWWS puts in place of each other to see how much it
-matters. words: share of the words that successful attacks changed. queries: different texts that
-the attack asked about, on average (hull: forward passes). fixed: share of the attacked texts in
-which no word that the model sees has a synonym. stopped: share of all N texts that survived, but
+stand-in for the attacks. unknown: PWWS puts it in place of each word in turn, to see how much that
+word matters. words: share of the words that successful attacks changed. queries: different texts
+that the attack asked about, on average (hull: forward passes). fixed: share of the attacked texts
+in which no word that the model sees has a synonym. stopped: share of all N texts that survived, but
 for which --max-queries ended the attack. The true robust accuracy is at most what survived, and if
 the attack is exhaustive, at least that minus what was stopped."""
 
@@ -586,11 +581,12 @@ def own_settings(s, *free):
     """The settings that set a run apart from others, a dict, without those named by `free`.
 
     Of what it is made of, the fingerprints count, not the paths. Left out are also the incidental
-    settings, and the weights of terms that its method does not have: adv at two values of alpha is
-    one and the same.
+    settings, and what its method does not use: adv at two values of alpha is one and the same.
     """
     weights = {weight for terms in rift.METHODS.values() for weight in terms.values()}
     unused = weights - set(rift.METHODS[s.method].values())
+    if s.method != "adv-mixout":
+        unused.add("mixout")
     # None: the flag was not given
     return s.fingerprints | {
         key: value for key, value in vars(s).items() if value is not None
@@ -830,14 +826,19 @@ def read_finished(folder, attack, split):
     return SimpleNamespace(folder=folder, run=s, scores=scores, n=n, log=log, kept=kept, how=how)
 
 
-def points_over(runs, key, measures):
-    """The points of a curve: the V values of a setting, and for each measure spread() at them.
+def weight_of(s, key):
+    """The weight alpha or beta of a run; 0 where its method has no term with it."""
+    return getattr(s, key) if key in rift.METHODS[s.method].values() else 0
 
-    runs: of one curve, see curves(); key: the setting; measures: keys of scores. Returns (values,
-    [a (V, 3) array for each measure]).
+
+def points_over(runs, key, measures):
+    """The points of a curve: the V values of alpha or beta, and for each measure spread() at them.
+
+    runs: of one curve, see curves(); measures: keys of scores. Returns (values, [a (V, 3) array for
+    each measure]).
     """
-    values = sorted({getattr(x.run, key) for x in runs})
-    at = [[x for x in runs if getattr(x.run, key) == value] for value in values]
+    values = sorted({weight_of(x.run, key) for x in runs})
+    at = [[x for x in runs if weight_of(x.run, key) == value] for value in values]
     return values, [np.array([spread([x.scores[measure] for x in same], same[0].n) for same in at])
                     for measure in measures]
 
@@ -847,7 +848,7 @@ def draw_accuracy(ax, runs, attack, over):
     from matplotlib.patheffects import withStroke       # not at the top: matplotlib is optional
     if over == "alpha":
         runs = [x for x in runs if x.run.method in ("adv", "rift")]
-        smallest = min(x.run.alpha for x in runs if x.run.alpha > 0)
+        smallest = min(x.run.alpha for x in runs if weight_of(x.run, "alpha") > 0)
         ax.set_xscale("symlog", linthresh=smallest)     # logarithmic, but with a place for 0
         ax.set(xlabel="alpha, weight of L_info (adv has none)", ylabel="accuracy")
     else:
@@ -857,10 +858,8 @@ def draw_accuracy(ax, runs, attack, over):
         adv = same[0].run.method == "adv"
         values, (clean, robust) = points_over(same, over, ["clean", attack])
         if over == "alpha":
-            values, n = ([0], 1) if adv else (values, len(values))
             for y, label, fill in ((clean, "clean", look["color"]), (robust, attack, "white")):
-                ax.errorbar(values, y[:n, 0], y[:n, 1:].T, mfc=fill, label=f"{name}, {label}",
-                            **look)
+                ax.errorbar(values, y[:, 0], y[:, 1:].T, mfc=fill, label=f"{name}, {label}", **look)
             continue
         ax.errorbar(clean[:, 0], robust[:, 0], robust[:, 1:].T, clean[:, 1:].T, label=name, **look)
         for beta, x, y in zip(values, clean[:, 0], robust[:, 0]):
@@ -925,7 +924,7 @@ def plot(folders, path, attack, split):
         of = {method: [x.run for x in runs if x.run.method == method] for method in rift.METHODS}
         if len({s.alpha for s in of["rift"]}) > 1:
             panels.append((draw_accuracy, title, runs, dict(attack=attack, over="alpha")))
-        if any(len({s.beta for s in of[method]}) > 1 for method in of if method != "standard"):
+        if any(len({weight_of(s, "beta") for s in of[method]}) > 1 for method in of):
             panels.append((draw_accuracy, title, runs, dict(attack=attack, over="beta")))
         if len(panels) > before:
             for x in runs:
@@ -986,8 +985,9 @@ def parse(argv):
     flag("--generations", type=positive, default=40, metavar="N",
          help="generations of the genetic attack")
     flag("--lm-constraint", metavar="SOURCE", help="judges which synonyms the genetic attack may "
-         "use: none, scores (the published file, which knows only some texts) or a causal language "
-         "model's name or folder; by default scores for imdb and snli, else none")
+         "use: none, scores (the published file; all attacks then use texts that it knows) or a "
+         "causal language model's name or folder; by default, with genetic, scores for imdb and "
+         "snli, else none")
     flag("--max-queries", type=positive, metavar="N", help="texts that are sent for "
          "one example at most; one that would need more survives; exhaustive needs it")
     flag("--seed", type=data.number(int, 0), default=0, metavar="S",

@@ -36,8 +36,8 @@ from torch import nn
 def position_ids(encoder, L):
     """Position ids (1, L) int64 of the L tokens of a text: from 0 in BERT, from 2 in RoBERTa.
 
-    They are passed explicitly: RoBERTa would otherwise count them from the token ids, and a row of
-    candidates holds padding ids in between.
+    They are passed explicitly, because hull() embeds candidates in a row that is no text; and
+    RoBERTa would count them from the token ids.
     """
     first = getattr(encoder.embeddings, "padding_idx", -1) + 1
     return torch.arange(first, first + L, device=encoder.device).unsqueeze(0)
@@ -247,14 +247,6 @@ def adversary(encoder, head, input_ids, attention_mask, subs, subs_mask, v, y=No
         return weights(v, subs_mask)
 
 
-def discrete(subs, w):
-    """The text at the corner with the largest weight: candidate argmax_k w_lk at every position.
-
-    subs: (B, L, K) int64; w: (B, L, K). Returns ids (B, L) int64.
-    """
-    return subs.gather(-1, w.argmax(-1, keepdim=True)).squeeze(-1)
-
-
 # ---- The losses ----------------------------------------------------------------------------------
 
 
@@ -400,7 +392,8 @@ def retained(S, T, y, S_dev, T_dev, y_dev):
     on_U = U.T @ T                                                              # (min(N, H), H)
 
     def left_out_error(ridge):
-        """The squared error of predicting each text from the regression on all others."""
+        """The squared error of predicting each text from the regression on all others (the class
+        means stay those of all)."""
         shrink = d.square() / (d.square() + ridge)                              # (min(N, H),)
         leverage = U.square() @ shrink                                          # (N,)
         residual = T - U @ (shrink[:, None] * on_U)                             # (N, H)
@@ -436,9 +429,10 @@ class RIFT(nn.Module):
 
     encoder: a Hugging Face BERT or RoBERTa encoder; C: number of classes; pooling: see features();
     marginal: one pair of projections for all classes, for the bound on I(S;T); dtype: in which the
-    encoder computes, float32 or bfloat16 (its weights stay in float32); p_mixout: in training it
-    computes with mixout() of this p; tau: temperature of f_c. The teacher is a copy of the encoder:
-    loading it a second time would give another random pooler where none was pre-trained (RoBERTa).
+    encoder computes, float32 or bfloat16 (AdamW's weights stay in float32); p_mixout: in training
+    it computes with mixout() of this p; tau: temperature of f_c. The teacher is a copy of the
+    encoder: loading it a second time would give another random pooler where none was pre-trained
+    (RoBERTa).
     """
 
     def __init__(self, encoder, C, pooling="pooler", marginal=False, dtype=torch.float32,
@@ -523,13 +517,12 @@ def ptwd(o):
 
 # method: {term: its weight, a number or the name of a setting}. What is not listed is not computed.
 # To add a method, write its new terms above and its line here. A method with a term besides ce and
-# ptwd is given x^, and its epoch is chosen by hull accuracy on dev. Two names are special:
-# "rift-marginal" has one pair of projections, the encoder of "adv-mixout" computes with mixout().
+# ptwd is given x^, and its epoch is chosen by hull accuracy on dev.
 METHODS = {
     "standard": {ce: 1},
     "adv": {ce: 1, kl: "beta"},                             # L_task
     "adv-ptwd": {ce: 1, kl: "beta", ptwd: "ptwd"},
-    "adv-mixout": {ce: 1, kl: "beta"},                      # with RIFT's p_mixout, see train.run
+    "adv-mixout": {ce: 1, kl: "beta"},                      # the encoder with mixout: train.run
     "rift-marginal": {ce: 1, kl: "beta", info: "alpha"},    # one pair of projections: I(S;T)
     "rift": {ce: 1, kl: "beta", info: "alpha"},             # L_task + alpha * L_info
 }

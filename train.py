@@ -58,7 +58,7 @@ PROBE = 1000                # training texts from which dev_retained's regressio
 
 
 def algorithm_1(model, batch, y, T, s):
-    """The loss on a batch and its terms, {name: scalar}, with gradients.
+    """The loss on a batch and its terms, {name: scalar}, ready for backward().
 
     model: a rift.RIFT; batch: from data.Vocabulary.encode, every class equally often; y: (B,)
     int64; T: (B, H), the teacher's features of the clean texts; s: settings, as in train().
@@ -66,8 +66,8 @@ def algorithm_1(model, batch, y, T, s):
     w = None
     if rift.has_adversary(s.method):
         v = rift.noise(batch["subs"].shape, s.max_len).to(y.device)                 # (B, L, K)
-        w = model.adversary(**batch, v=v, **eval.search_settings(s))    # x^ = mix(.., w): argmax KL
-    outputs = model(**batch, y=y, w=w, T=T)                             # one pass on x, one on x^
+        w = model.adversary(**batch, v=v, **eval.search_settings(s))    # argmax KL
+    outputs = model(**batch, y=y, w=w, T=T)         # one pass on x, one on x^, the mixture by w
     return rift.objective(outputs, s.method, vars(s))                   # L_task + alpha * L_info
 
 
@@ -79,7 +79,8 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
     there; T, T_dev: (n, H), the teacher's features of the training and dev texts. The teacher is
     frozen and reads clean text only, so they are the same in every epoch.
     Writes log.jsonl, encoder/, model.safetensors and metrics.json. Raises InputError where a loss
-    or a gradient is not finite, or a file cannot be written.
+    or a gradient is not finite, a batch is too small for the processes, a file cannot be written,
+    or another train.py has started in the folder.
     """
     rank, world = processes()
     device, adversarial = model.encoder.device, rift.has_adversary(s.method)
@@ -95,7 +96,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
                               lr=s.lr, eps=s.adam_eps, fused=True)
     log, best = load_checkpoint(folder, model, adamw)
     ours = identity(folder)
-    if rank == 0 and log and best["epoch"] == len(log):     # if it was killed before it wrote this
+    if rank == 0 and log and best["epoch"] == len(log):     # if it was killed before it had this
         data.save_tensors(folder / "best.safetensors", trained(model))
 
     for epoch in range(len(log) + 1, s.epochs + 1):
@@ -299,8 +300,8 @@ def load_checkpoint(folder, model, adamw):
 def open_folder(folder, config):
     """Prepares a run's folder; returns False if the run in it is finished, else True.
 
-    A run that is there is resumed: without --resume, main() has refused or removed it. Raises
-    InputError where it has other settings, data or number of processes.
+    A run that is there is resumed: without --resume, main() has refused it or removed its
+    config.json. Raises InputError where it has other settings, data or number of processes.
     """
     if (folder / "config.json").exists():
         s, before = eval.settings_of(folder, finished=False)
@@ -424,8 +425,9 @@ def run(task, table, fingerprints, s, folder, known):
     vocabulary = data.Vocabulary(tokenizer, s.max_len, table, s.unknown_words, s.candidates)
     if digest not in known:
         victim = eval.Victim(model, vocabulary, s.eval_batch_size)
+        bar = "teacher's features" if rank == 0 else None
         known[digest] = [
-            victim.features([x.words for x in split], model.teacher, "teacher's features")
+            victim.features([x.words for x in split], model.teacher, bar)
             for split in (task.train, task.dev)]
     if rank == 0:
         warn(vocabulary, task)
@@ -492,7 +494,8 @@ def pretrain_toy(folder, steps=1000, batch_size=32, lr=3e-3, masked=0.4):
 def toy_encoder():
     """The folder of the toy task's pre-trained encoder, from the cache or made now.
 
-    Its name has a hash of all that it is made of. Another processor can still round differently.
+    Its name has a hash of the code, the texts and the versions that make it. Another processor can
+    still round differently.
     """
     made_of = [inspect.getsource(pretrain_toy), data.toy_pretraining_texts(), torch.__version__,
                transformers.__version__]
@@ -588,6 +591,7 @@ def parse(argv):
     flag("--resume", action="store_true", help="go on with runs that were stopped")
     flag("--overwrite", action="store_true", help="replace runs that are there (the toy "
          "task in runs/toy does so unless --resume is given)")
+    # the task first: the defaults depend on it, also those that --help shows
     named = argparse.ArgumentParser(add_help=False)
     named.add_argument("--task", default="toy")
     task = named.parse_known_args(argv)[0].task
@@ -627,7 +631,7 @@ def check_first(folders, s, resume, overwrite):
 
 
 def check(s, task, table, methods):
-    """Raises InputError where the texts or the table do not suffice for the methods."""
+    """Raises InputError where the texts, the table or the batches do not suffice."""
     C = len(task.labels)
     if len(task.dev) < max(4, 2 * C):
         raise InputError(f"--dev-size: dev has {len(task.dev)} texts, wanted at least "

@@ -68,7 +68,8 @@ def method_case(path):
     beta, alpha = (10, 0.1) if len(model.g) == 2 else (5, 0.7)
     terms = rift.objective(o, "rift", {"beta": beta, "alpha": alpha})
     terms["loss"].backward()
-    out = {"w_adv": w, "adv_ids_ce": rift.discrete(case["subs"], w_ce),
+    rounded = case["subs"].gather(-1, w_ce.argmax(-1, keepdim=True)).squeeze(-1)         # (B, L)
+    out = {"w_adv": w, "adv_ids_ce": rounded,
            "logits_clean": o.clean, "logits_adv": o.adversarial,
            "loss_ce": terms["ce"], "loss_kl": terms["kl"], "loss_mi_given_y_adv": terms["info"],
            "loss_mi_adv": rift.info(marginal(**text, **candidates, y=y, w=w, T=T)),

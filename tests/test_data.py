@@ -512,6 +512,7 @@ def test_tables_are_looked_for_in_data_dir_first_and_checked_quickly(tmp_path, m
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
     Path("t.json").write_text('{"b": ["a"], "two words": ["x"], "UNK": ["x"]}')
+    data.write_atomically(data.cache_dir() / "t.json", "{}")    # the cache holds no tables of users
     assert data.load_neighbors("t.json", "data") == {"b": ["a"]}
     Path("data/t.json").write_text('{"b": ["c"]}')
     assert data.load_neighbors("t.json", "data") == {"b": ["c"]}

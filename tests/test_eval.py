@@ -239,7 +239,7 @@ def test_the_gain_in_the_trade_off_is_that_over_the_interpolated_curve(few_draws
 def test_runs_are_averaged_over_seeds_only():
     """Runs that differ in more are separate and say in what. A weight that the method does not use
     is no setting, and paths are none; what they hold is."""
-    same = [evaluation(0.5, 0.5, seed=i, alpha=i, data_dir=f"{i}", model=f"{i}/toy",
+    same = [evaluation(0.5, 0.5, seed=i, alpha=i, mixout=i, data_dir=f"{i}", model=f"{i}/toy",
                        neighbors=f"{i}/x.json", task=f"{i}") for i in (0, 1)]
     rift = [evaluation(0.5, 0.5, "rift", alpha=alpha) for alpha in (0.1, 0.5)]
     expected = {"adv": same, "rift alpha 0.1": rift[:1], "rift alpha 0.5": rift[1:]}
@@ -578,7 +578,8 @@ def test_neighbors_replace_the_runs_own_but_not_those_of_pwws_wordnet(run, tmp_p
 
 
 def test_scores_draw_the_texts_and_filter_the_synonyms(run, tmp_path, capsys):
-    """The texts are of those that the file knows; what it finds unlikely is not used."""
+    """The texts are of those that the file knows, also for PWWS in a later command that names it;
+    what it finds unlikely is not used."""
     rows = ["0\tA man"]
     for n, x in enumerate(examples_of(run)[:11]):
         rows.append(f"{n}\t{' '.join(x.words[-1]).title()}")
@@ -595,6 +596,9 @@ def test_scores_draw_the_texts_and_filter_the_synonyms(run, tmp_path, capsys):
     assert {line["index"] for line in lines_of(run)} <= set(range(11))
     used, unlikely = swaps(run, "genetic"), {("great", "good"), ("great", "nice")}
     assert used and not used & unlikely and swaps(run, "pwws") & unlikely
+    before = lines_of(run)
+    evaluate(run, "--attacks", "pwws", "--lm-constraint", "scores", "--data-dir", tmp_path)
+    assert lines_of(run) == before and "genetic" in data.read_json(run / "eval.json")
     evaluate(run, "--attacks", "pwws")                          # of all texts: all of them anew
     assert len({line["made_with"] for line in lines_of(run) if line["attack"] == "pwws"}) == 2
 
@@ -679,8 +683,10 @@ def bar_of(ax, name, axis):
 
 def test_accuracy_is_drawn_over_alpha_and_over_beta(runs, draw):
     """Seeds are averaged, the bars show their range; of a single run they are its interval. adv,
-    which has no alpha, is at 0. rift with two alphas is two curves of the trade-off."""
-    found = [*copies(runs["texts"] / "adv", lambda s: (0.5, s["beta"] / 10), beta=[5.0, 1.0]),
+    which has no alpha, is at 0, and so is standard, which has no beta. rift with two alphas is two
+    curves of the trade-off."""
+    found = [*copies(runs["texts"] / "standard", lambda s: (0.6, 0), beta=[5.0]),
+             *copies(runs["texts"] / "adv", lambda s: (0.5, s["beta"] / 10), beta=[5.0, 1.0]),
              *copies(runs["texts"] / "rift", lambda s: (s["alpha"], s["beta"] * s["seed"] / 30),
                      alpha=[0.2, 1.0], beta=[1.0, 5.0], seed=[1, 2, 6])]
     over_alpha, trade_off = draw(*found)["texts, test texts"]
@@ -689,12 +695,13 @@ def test_accuracy_is_drawn_over_alpha_and_over_beta(runs, draw):
     assert np.allclose(points["rift beta 5.0, clean"], [[0.2, 0.2], [1, 1]])
     assert np.allclose(points["rift beta 5.0, hull"], [[0.2, 0.5], [1, 0.5]])
     assert np.allclose(bar_of(over_alpha, "rift beta 5.0, hull", 1), [1 / 6, 1])
-    expected = {"adv": [[0.5, 0.1], [0.5, 0.5]], "rift alpha 0.2": [[0.2, 0.1], [0.2, 0.5]],
+    expected = {"standard": [[0.6, 0]], "adv": [[0.5, 0.1], [0.5, 0.5]],
+                "rift alpha 0.2": [[0.2, 0.1], [0.2, 0.5]],
                 "rift alpha 1.0": [[1.0, 0.1], [1.0, 0.5]]}
     assert curves(trade_off).keys() == expected.keys()
     assert all(np.allclose(curves(trade_off)[name], expected[name]) for name in expected)
     assert np.allclose(bar_of(trade_off, "adv", 0), eval.wilson(8, 16))
-    assert [text.get_text() for text in trade_off.texts] == ["1", "5"] * 3
+    assert [text.get_text() for text in trade_off.texts] == ["0", *["1", "5"] * 3]
 
 
 def test_runs_that_were_attacked_differently_are_not_drawn_together(runs, draw, capsys):
