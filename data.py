@@ -649,9 +649,9 @@ def find_neighbors(source="published", data_dir=None):
     if path.suffix not in (".json", ".txt", ".zip"):
         raise InputError(f"{path}: wanted published, vectors, wordnet, a neighbour table .json, or "
                          "a vector file .txt or .zip")
-    inside = Path(os.path.expanduser(data_dir or "")) / path
+    if data_dir:
+        path = [*find(data_dir, path), path][0]
     with reading(path):
-        path = inside if inside.exists() else path
         path.open("rb").close()
     return path
 

@@ -193,7 +193,7 @@ def test_a_shared_cache_can_be_read_by_others_but_nltk_data_only_by_its_user(
 
 @pytest.mark.parametrize("call", [
     lambda folder: data.find(folder, "a"), lambda folder: data.load_task("imdb", folder),
-    lambda folder: data.load_task(folder), lambda folder: data.find_neighbors(folder / "a.json")])
+    lambda folder: data.load_task(folder), lambda folder: data.find_neighbors("a.json", folder)])
 def test_a_folder_that_may_not_be_read_is_one_line(tmp_path, monkeypatch, call):
     """Root may read everything, so the system's answer is faked."""
     (tmp_path / "aclImdb").mkdir()
@@ -512,8 +512,9 @@ def test_tables_are_looked_for_in_data_dir_first_and_checked_quickly(tmp_path, m
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
     Path("t.json").write_text('{"b": ["a"], "two words": ["x"], "UNK": ["x"]}')
-    data.write_atomically(data.cache_dir() / "t.json", "{}")    # the cache holds no tables of users
     assert data.load_neighbors("t.json", "data") == {"b": ["a"]}
+    data.write_atomically(data.cache_dir() / "t.json", "{}")    # beside the command comes first
+    assert data.load_neighbors("t.json") == {"b": ["a"]}
     Path("data/t.json").write_text('{"b": ["c"]}')
     assert data.load_neighbors("t.json", "data") == {"b": ["c"]}
     for bad, message in (("t.csv", "wanted published, vectors, wordnet, a n"),
