@@ -47,7 +47,7 @@ from data import InputError
 # What a run is made of, each with a fingerprint in config.json, and the setting that says where it
 # comes from. Fingerprints are compared, not these settings: two paths may have the same content.
 SOURCES = {"data": "task", "encoder": "model", "neighbors": "neighbors"}
-# Settings that may differ between runs that are the same.
+# Settings in which equal runs may differ: these paths, and what has no effect on the method.
 INCIDENTAL = (*SOURCES.values(), "data_dir", "device", "eval_batch_size")
 
 
@@ -97,7 +97,7 @@ class Victim:
         """
         encoder = encoder or self.model.encoder
         S = torch.empty(len(texts), encoder.config.hidden_size, device=self.device)
-        theta = rift.weights_in(encoder, self.model.dtype)
+        theta = rift.parameters_in(encoder, self.model.dtype)
         with rift.dropout_off(encoder), rift.stand_in(encoder, theta):
             for rows, batch in self.batches(texts, bar=bar):
                 e = rift.embed(encoder, batch["input_ids"])                     # (B, L, H)
@@ -171,7 +171,7 @@ def load_run(folder, device=None, precision=None, batch_size=64, table=None):
     if differ:
         raise InputError(f"{path}: of another run, or damaged, see {differ[0][0]}")
     model.load_state_dict(tensors, strict=False)
-    for part in (encoder.encoder, encoder.pooler):      # once, not at every call in weights_in()
+    for part in (encoder.encoder, encoder.pooler):      # once, not at every call in parameters_in()
         part.to(dtype)
     # the teacher in it is a copy of the fine-tuned encoder, not F_t, and is not used
     vocabulary = data.Vocabulary(tokenizer, s.max_len, table, s.unknown_words, s.candidates)
@@ -313,8 +313,9 @@ def make_plan(s, args):
     wordnet = None
     if "pwws-wordnet" in args.attacks:
         wordnet = data.open_table(s, task, "wordnet", data_dir)
-    known, allowed = range(len(examples)), lambda index, words, synonyms: synonyms
-    drawn_from, source = "all texts", constraint(s, args)
+    known, drawn_from = range(len(examples)), "all texts"
+    allowed = lambda index, words, synonyms: synonyms
+    source = constraint(s, args)
     if source == "scores":
         sentences = [" ".join(x.words[-1]) for x in examples]
         try:
@@ -338,7 +339,8 @@ def make_plan(s, args):
         allowed = lambda index, words, synonyms: attacks.lm_constraint(words, synonyms, model)
     # the first N of one shuffle: a larger N later contains them
     order = np.random.default_rng(args.seed).permutation(len(examples)).tolist()
-    chosen = {i: examples[i] for i in [i for i in order if i in known][:args.num_examples]}
+    first = [i for i in order if i in known][:args.num_examples]
+    chosen = {i: examples[i] for i in first}
     if not chosen:
         raise InputError(f"the score file knows no {args.split} text; --lm-constraint none attacks "
                          "without it")
@@ -350,7 +352,11 @@ def make_plan(s, args):
 
 
 def constraint(s, args):
-    """The genetic attack's language-model constraint: none, scores or the name of a model."""
+    """The genetic attack's language-model constraint: none, scores or the name of a model.
+
+    scores also decides which texts all attacks of a command are drawn from, see make_plan(). So
+    with and without genetic among the attacks, the texts of imdb and snli differ by default.
+    """
     by_default = "genetic" in args.attacks and s.task in ("imdb", "snli")
     return args.lm_constraint or ("scores" if by_default else "none")
 
@@ -371,7 +377,7 @@ def run_attack(name, victim, table, plan, texts, pending, s, args):
     table: the attack's substitution table; texts: {index: text} of the chosen examples; pending:
     those of these indices that are to be attacked; s: the run's settings.
     """
-    if name == "hull":      # all again, so that an attack that goes on has the same batches
+    if name == "hull":      # the finished texts too: one that goes on must form the same batches
         chosen = list(plan.chosen.values())
         predictions, found, _ = hull_attack(victim, chosen, seed=args.seed, bar=name,
                                             **search_settings(s))
@@ -400,9 +406,8 @@ def conditions(folder, s, precision, tables, plan, args):
     """The settings and weights that an outcome depends on: {"clean": what all attacks share,
     attack: its own}. (For a change of an attack's code there is --overwrite.)
 
-    An attack of eval.json that is not asked for today is included, with the settings that it had
-    then, if what all share is the same as today; so its result stays in eval.json. One that is
-    asked for has today's settings only.
+    An attack that is not asked for today keeps the settings that eval.json has of it, and so its
+    place there, if what all attacks share is the same as then.
     """
     paths = folder / "encoder" / "model.safetensors", folder / "model.safetensors"
     weights = data.fingerprint(b"".join(path.read_bytes() for path in paths))
@@ -432,9 +437,9 @@ def evaluate(folder, plan, args):
 
     Writes attacks.jsonl, eval.json and, for the test split, eval.json's accuracies under attacks
     (but hull) into metrics.json, in place of those there. Each line of attacks.jsonl carries a
-    fingerprint of its settings and weights. Lines with today's are used again; others stay in the
-    file, for a command that has theirs. eval.json keeps an earlier attack, see conditions(), if its
-    lines cover all the texts.
+    fingerprint of the settings and weights that it was made with. If it is that of this command,
+    the line is used again; otherwise it stays in the file, for a command with those settings.
+    eval.json keeps an earlier attack, see conditions(), if its lines cover all the texts.
     """
     s, config = settings_of(folder)
     table = None
@@ -470,12 +475,12 @@ def evaluate(folder, plan, args):
     def survived(name):                                                         # (N,)
         # by the last prediction: in bf16 a text that is barely right may be wrong in another batch
         lines = done[name]
-        kept = {i for i in attacked if lines[i]["prediction"] == lines[i]["label"]}
-        return np.array([i in kept for i in texts])
+        still_right = {i for i in attacked if lines[i]["prediction"] == lines[i]["label"]}
+        return np.array([i in still_right for i in texts])
 
-    write_lines(lines_path, others, done)   # a new file: another eval.py notices that, see keep()
+    write_lines(lines_path, others, done)   # replaces it: another eval.py at it stops, see keep()
     for name in args.attacks:
-        pending = {i: None for i in attacked if i not in done[name]}
+        pending = [i for i in attacked if i not in done[name]]
         if pending:
             results = run_attack(name, victim, tables[name], plan, texts, pending, s, args)
             keep(results, marks[name], done[name], lines_path)
@@ -485,14 +490,14 @@ def evaluate(folder, plan, args):
 
     robust = {"clean": predictions == labels}
     robust |= {name: survived(name) for name in done if done[name].keys() >= set(attacked)}
-    scores = {name: float(right.mean()) for name, right in robust.items()}
+    scores = {name: float(x.mean()) for name, x in robust.items()}
     data.write_json(eval_path, scores | {
         "num_examples": len(texts), "settings": {name: settings[name] for name in robust}})
     if args.split == "test":            # "clean" and "hull" there stay those of all test texts
         black_box = ATTACKS.keys() - {"hull"}
-        kept = {key: value for key, value in metrics.items() if key not in black_box}
+        rest = {key: value for key, value in metrics.items() if key not in black_box}
         now = {key: value for key, value in scores.items() if key in black_box}
-        data.write_json(folder / "metrics.json", kept | now)
+        data.write_json(folder / "metrics.json", rest | now)
     lines = {name: [done[name][i] for i in attacked] for name in args.attacks}
     return Evaluation(str(folder), s, config["labels"], robust, lines, settings, wrong)
 
@@ -511,9 +516,9 @@ def keep(results, mark, lines, path):
 
 
 def write_lines(path, others, done):
-    """Writes attacks.jsonl: the lines of other settings, then today's, {attack: {index: line}}."""
-    today = [line for by_index in done.values() for _, line in sorted(by_index.items())]
-    data.write_atomically(path, "".join(json.dumps(line) + "\n" for line in others + today))
+    """Writes attacks.jsonl: the lines of other settings, then `done`, {attack: {index: line}}."""
+    lines = [line for by_index in done.values() for _, line in sorted(by_index.items())]
+    data.write_atomically(path, "".join(json.dumps(line) + "\n" for line in others + lines))
 
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -558,8 +563,10 @@ def run_table(evaluations, names):
                for name in names}
     rows = [["run", "N", "clean"]]
     for name in names:
-        rows[0] += [head_of(name, evaluations), *["stopped"] * limited[name], "words", "queries",
-                    "fixed"]
+        rows[0].append(head_of(name, evaluations))
+        if limited[name]:
+            rows[0].append("stopped")
+        rows[0] += ["words", "queries", "fixed"]
     for x in evaluations:
         N = len(x.robust["clean"])
         rows.append([x.name, str(N), share(x.robust["clean"])])
@@ -577,31 +584,31 @@ def run_table(evaluations, names):
     return rows
 
 
-def own_settings(s, *free):
-    """The settings that set a run apart from others, a dict, without those named by `free`.
+def own_settings(s, *varying):
+    """The settings that set a run apart from others, a dict, without those named by `varying`.
 
     Of what it is made of, the fingerprints count, not the paths. Left out are also the incidental
     settings, and what its method does not use: adv at two values of alpha is one and the same.
     """
     weights = {weight for terms in rift.METHODS.values() for weight in terms.values()}
-    unused = weights - set(rift.METHODS[s.method].values())
+    unused = weights - set(rift.METHODS[s.method].values())             # such as {"alpha"}
     if s.method != "adv-mixout":
         unused.add("mixout")
     # None: the flag was not given
     return s.fingerprints | {
         key: value for key, value in vars(s).items() if value is not None
-        and key not in {*INCIDENTAL, "fingerprints", *free, *unused}}
+        and key not in {*INCIDENTAL, "fingerprints", *varying, *unused}}
 
 
-def by_settings(runs, *free):
-    """{name: [run, ..]}: runs that differ in nothing but the seed and the settings named by `free`.
+def by_settings(runs, *varying):
+    """{name: [run, ..]}: runs that differ only in the seed and the settings named by `varying`.
 
     runs: objects whose `run` holds the settings. A name is the method's, with what sets it apart
     from other runs of that method.
     """
     groups = {}
     for x in runs:
-        s = own_settings(x.run, "seed", *free)
+        s = own_settings(x.run, "seed", *varying)
         groups.setdefault(json.dumps(s, sort_keys=True), (s, []))[1].append(x)
     named = {}
     for s, same in groups.values():
@@ -645,11 +652,6 @@ def differences_table(pairs, names):
     return rows
 
 
-def clean_and(same, name):
-    """What runs at one beta have right, clean and under an attack: (R, N, 2)."""
-    return np.stack([right(same, "clean"), right(same, name)], axis=-1)
-
-
 def tradeoff_gain(reference, runs, name):
     """Robust accuracy minus a reference's at the same clean accuracy: (value, low, high).
 
@@ -666,7 +668,8 @@ def tradeoff_gain(reference, runs, name):
         return np.array(gains)
 
     groups = [*reference.values(), *runs.values()]
-    return bootstrap(statistic, *[clean_and(same, name) for same in groups])
+    return bootstrap(statistic, *[np.stack([right(same, "clean"), right(same, name)], axis=-1)
+                                  for same in groups])                          # each (R, N, 2)
 
 
 def report(groups, args):
@@ -766,14 +769,14 @@ STYLES = {"standard": ("#000000", "o"), "adv": ("#0072B2", "s"), "adv-ptwd": ("#
 NEW_STYLES = [("#56B4E9", "X"), ("#999999", "*"), ("#8C510A", "h"), ("#4D4D4D", "<")]
 
 
-def curves(runs, *free):
+def curves(runs, *varying):
     """Yields (name, runs, look) for each curve, see by_settings(); look: for matplotlib's errorbar.
 
     A method has one colour and marker; its curves with different settings differ in line style.
     """
     seen = Counter()
     new = [method for method in rift.METHODS if method not in STYLES]
-    for name, same in by_settings(runs, *free).items():
+    for name, same in by_settings(runs, *varying).items():
         method = same[0].run.method
         colour, marker = STYLES.get(method) or NEW_STYLES[new.index(method) % len(NEW_STYLES)]
         line = ["-", "--", ":", "-."][seen[method] % 4]
@@ -1002,7 +1005,8 @@ def parse(argv):
     flag("--precision", choices=("auto", "fp32", "bf16"),
          help="number format of the encoder; None: the run's")
     flag("--overwrite", action="store_true",
-         help="forget what these attacks found with these settings, and attack anew")
+         help="forget what these attacks found with these settings, and attack anew; what they "
+         "found with others stays")
     flag("--show", type=data.number(int, 0), default=2, metavar="N",
          help="adversarial texts printed for each run and attack")
     flag("--csv", type=Path, metavar="FILE", help="write the original and adversarial texts, all N")

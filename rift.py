@@ -5,13 +5,16 @@ Adversarial Robustness?", NeurIPS 2021 (arXiv 2112.11668). The convex hull of wo
 ASCC's: Dong et al., "Towards Robustness Against Natural Language Word Substitutions", ICLR 2021.
 
     x        a text, y its label, C classes     S = F_s(.)  features, encoder being fine-tuned
-    x^       the worst text near x              T = F_t(.)  features, frozen pre-trained encoder
+    x^       the worst point near x             T = F_t(.)  features, frozen pre-trained encoder
     q(y|s)   the task head                      g_c, h_c    projections of S and T for class c
 
     I(S;Y,T) = I(S;Y) + I(S;T|Y): L_task bounds the first, L_info (S of x^, T of x) the second
     loss = L_task + alpha * L_info
     L_task = E[ -log q(y|S) + beta * KL( q(.|F_s(x)) || q(.|F_s(x^)) ) ]
     I(S;T|Y) >= log N - L_info
+
+In training x^ is no text: each of its words is a mixture, by the weights w, of the embeddings of
+its candidates. The adversary returns w, and RIFT.forward makes x^ from it.
 
 In this file: token ids -> embeddings -> features; the hull and the adversary in it; the losses;
 how much was forgotten; the model; the methods as sums of terms.
@@ -95,7 +98,8 @@ def transformer_layer(layer, x, e, mask):
     Returns (B, Q, H).
     """
     attention = layer.attention.self
-    heads, p = attention.num_attention_heads, attention.dropout.p if layer.training else 0.0
+    heads = attention.num_attention_heads
+    p = attention.dropout.p if layer.training else 0.0
     q, k, v = (linear(y).unflatten(-1, (heads, -1)).transpose(1, 2)     # (B, heads, Q or L, d)
                for linear, y in [(attention.query, x), (attention.key, e), (attention.value, e)])
     # torch's fused attention is the fastest, but on CPUs its gradient is slow
@@ -140,7 +144,7 @@ def stand_in(module, tensors):
             owner[name.rpartition(".")[2]] = own[name]
 
 
-def weights_in(encoder, dtype):
+def parameters_in(encoder, dtype):
     """{name: tensor} for stand_in(): the encoder's parameters, its layers and pooler in `dtype`.
 
     The embedding layer stays in float32: it is large, and a batch uses only a few of its rows.
@@ -218,11 +222,12 @@ def adversary(encoder, head, input_ids, attention_mask, subs, subs_mask, v, y=No
     Without y, the self-supervised adversary of training: the gain is KL( q(.|F_s(x)) ||
     q(.|F_s(x^)) ), which compares with the model's own prediction. With y (B,) int64 it is
     -log q(y|F_s(x^)). Both are summed over the batch. The entropy term pushes w towards a single
-    word; its divisor is a constant, whatever the shape.
+    word; its divisor is the authors' constant, whatever the shape.
     head: (B, H) -> (B, C) logits; v: (B, L, K), the start, see noise(); weight_decay: L2 on v; the
     rest as in hull() and features(). Dropout is off and no parameter gets a gradient meanwhile.
     Returns w (B, L, K) float32, rows on the simplex, without a gradient.
     """
+    # without gradients for them, torch keeps less of each forward pass
     constants = {name: p.detach() for name, p in encoder.named_parameters()}
     with dropout_off(encoder, head), stand_in(encoder, constants):
         def predict(e):
@@ -231,12 +236,13 @@ def adversary(encoder, head, input_ids, attention_mask, subs, subs_mask, v, y=No
         with torch.no_grad():
             e, E, free = hull(encoder, input_ids, subs, subs_mask)
             clean = predict(e) if y is None else None
-        v, mask = v.clone(), subs_mask[free]                                    # mask: (P, K)
+        # only the positions that have a choice are searched
+        v, real = v.clone(), subs_mask[free]                                    # real: (P, K)
         v_free = v[free].requires_grad_()                                       # (P, K)
         adam = torch.optim.Adam([v_free], lr=lr, weight_decay=weight_decay)
         for _ in range(steps if len(v_free) else 0):
             with torch.enable_grad():                   # also where the caller has switched it off
-                w = weights(v_free, mask)
+                w = weights(v_free, real)
                 q = predict(mix(e, E, free, w))
                 gain = (kl_divergence(clean, q) * len(q) if y is None else
                         F.cross_entropy(q, y, reduction="sum"))
@@ -301,8 +307,9 @@ def gather(x):
     """The x (b, ..) of all processes, joined: (B, ..). Only this process's part has a gradient.
 
     L_info compares the texts of all processes. Each process computes all of it, but its gradient
-    reaches only the process's own texts. Later the gradients are averaged, which divides them by
-    the number of processes; so here the gradient of x, not its value, is multiplied by that number.
+    reaches only the process's own texts. Later train.average takes the mean of the gradients, which
+    divides by the number of processes; so here the gradient of x, not its value, is multiplied by
+    that number.
     A single process gets x back.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -418,7 +425,7 @@ class Outputs:
     """What the terms of the loss are made of, for one batch."""
     clean: torch.Tensor              # logits (B, C) of q(.|F_s(x))
     adversarial: torch.Tensor        # logits (B, C) of q(.|F_s(x^)); None without an adversary
-    S: torch.Tensor                  # (B, H), features F_s(x^), not of x; None without an adversary
+    S_hat: torch.Tensor              # (B, H), features F_s(x^); None without an adversary
     T: torch.Tensor                  # (B, H), features F_t(x), or None
     y: torch.Tensor                  # (B,) int64
     model: nn.Module                 # the RIFT
@@ -457,7 +464,7 @@ class RIFT(nn.Module):
 
         search: its steps, lr, weight_decay and sparsity.
         """
-        with stand_in(self.encoder, weights_in(self.encoder, self.dtype)):
+        with stand_in(self.encoder, parameters_in(self.encoder, self.dtype)):
             return adversary(self.encoder, self.head, input_ids, attention_mask, subs, subs_mask,
                              v, y, pooling=self.pooling, **search)
 
@@ -470,13 +477,13 @@ class RIFT(nn.Module):
         """One pass on the clean text x and, with w, one on the adversarial x^ for all terms.
 
         input_ids, attention_mask: (B, L) int64; y: (B,) int64; subs, subs_mask: as in hull();
-        w: (B, L, K), from adversary(); T: (B, H), the teacher's features of x, for L_info. Returns
-        Outputs. The hull is computed again here: with dropout on, and with gradients for the
-        embedding layer.
+        w: (B, L, K), from adversary(); T: (B, H), the teacher's features of x. y and T are only
+        handed on to the terms of the loss. Returns Outputs. The hull is computed again here: with
+        dropout on, and with gradients for the embedding layer.
         """
-        adversarial = S = None
-        theta = weights_in(self.encoder, self.dtype)
-        if self.training and self.p_mixout is not None:     # one mask for x and x^
+        adversarial = S_hat = None
+        theta = parameters_in(self.encoder, self.dtype)
+        if self.training and self.p_mixout is not None:     # one mask for both passes below
             mixed = mixout(self.encoder, self.teacher, self.p_mixout)
             theta |= {name: p.to(self.dtype) for name, p in mixed.items()}
         with stand_in(self.encoder, theta):
@@ -485,10 +492,10 @@ class RIFT(nn.Module):
             else:
                 e, E, free = hull(self.encoder, input_ids, subs, subs_mask)
                 x_hat = mix(e, E, free, w[free])                                # (B, L, H)
-                S = features(self.encoder, x_hat, attention_mask, self.pooling)             # (B, H)
-                adversarial = self.head(S)                                      # (B, C)
+                S_hat = features(self.encoder, x_hat, attention_mask, self.pooling)         # (B, H)
+                adversarial = self.head(S_hat)                                  # (B, C)
             clean = self.head(features(self.encoder, e, attention_mask, self.pooling))
-        return Outputs(clean, adversarial, S, T, y, self)
+        return Outputs(clean, adversarial, S_hat, T, y, self)
 
 
 # ---- The methods: each minimises a weighted sum of terms -----------------------------------------
@@ -507,7 +514,7 @@ def kl(o):
 
 def info(o):
     """L_info over the texts of all processes."""
-    return o.model.L_info(gather(o.S), gather(o.T), gather(o.y))
+    return o.model.L_info(gather(o.S_hat), gather(o.T), gather(o.y))
 
 
 def ptwd(o):
@@ -516,13 +523,15 @@ def ptwd(o):
 
 
 # method: {term: its weight, a number or the name of a setting}. What is not listed is not computed.
-# To add a method, write its new terms above and its line here. A method with a term besides ce and
-# ptwd is given x^, and its epoch is chosen by hull accuracy on dev.
+# To add a method, write its new terms above and its line here. One that changes the model itself,
+# as adv-mixout and rift-marginal do, is also named where train.run and eval.load_run make the
+# model. With a term besides ce and ptwd a method is given x^, and its epoch is chosen by accuracy
+# in the hull, see `rule` in train.train.
 METHODS = {
     "standard": {ce: 1},
     "adv": {ce: 1, kl: "beta"},                             # L_task
     "adv-ptwd": {ce: 1, kl: "beta", ptwd: "ptwd"},
-    "adv-mixout": {ce: 1, kl: "beta"},                      # the encoder with mixout: train.run
+    "adv-mixout": {ce: 1, kl: "beta"},                      # L_task, RIFT.forward with mixout()
     "rift-marginal": {ce: 1, kl: "beta", info: "alpha"},    # one pair of projections: I(S;T)
     "rift": {ce: 1, kl: "beta", info: "alpha"},             # L_task + alpha * L_info
 }

@@ -66,8 +66,9 @@ def algorithm_1(model, batch, y, T, s):
     w = None
     if rift.has_adversary(s.method):
         v = rift.noise(batch["subs"].shape, s.max_len).to(y.device)                 # (B, L, K)
-        w = model.adversary(**batch, v=v, **eval.search_settings(s))    # argmax KL
-    outputs = model(**batch, y=y, w=w, T=T)         # one pass on x, one on x^, the mixture by w
+        # the mixing weights of x^ = argmax KL, (B, L, K); they are not rounded to words
+        w = model.adversary(**batch, v=v, **eval.search_settings(s))
+    outputs = model(**batch, y=y, w=w, T=T)     # makes x^ from w; one pass on x, one on x^
     return rift.objective(outputs, s.method, vars(s))                   # L_task + alpha * L_info
 
 
@@ -83,20 +84,21 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
     or another train.py has started in the folder.
     """
     rank, world = processes()
-    device, adversarial = model.encoder.device, rift.has_adversary(s.method)
-    # the epoch is chosen on dev: by the first measure, of equals by the second
-    rule = ["dev_hull", "dev_clean"] if adversarial else ["dev_clean"]
+    with_x_hat = rift.has_adversary(s.method)
+    # the epoch is chosen on dev: by the first measure, of equals by the second, see measure()
+    rule = ["dev_hull", "dev_clean"] if with_x_hat else ["dev_clean"]
     victim = eval.Victim(model, vocabulary, s.eval_batch_size)
     texts = [vocabulary.visible(x.words) for x in task.train]
     lengths = [sum(map(len, text)) for text in texts]
     y = torch.tensor([x.y for x in task.train])                                     # (n,)
-    own = [p for name, p in model.named_parameters() if not name.startswith(("encoder", "teacher"))]
+    new = [p for name, p in model.named_parameters() if not name.startswith(("encoder", "teacher"))]
     adamw = torch.optim.AdamW([{"params": list(model.encoder.parameters()), "weight_decay": 0.0},
-                               {"params": own, "weight_decay": s.weight_decay}],
+                               {"params": new, "weight_decay": s.weight_decay}],
                               lr=s.lr, eps=s.adam_eps, fused=True)
     log, best = load_checkpoint(folder, model, adamw)
-    ours = identity(folder)
-    if rank == 0 and log and best["epoch"] == len(log):     # if it was killed before it had this
+    started = identity(folder)
+    if rank == 0 and log and best["epoch"] == len(log):
+        # it may have been killed after the checkpoint was written and before this file was
         data.save_tensors(folder / "best.safetensors", trained(model))
 
     for epoch in range(len(log) + 1, s.epochs + 1):
@@ -104,9 +106,9 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
             group["lr"] = s.lr * s.schedule[min(epoch, len(s.schedule)) - 1]
         rng = np.random.default_rng([s.seed, epoch])
         batches = data.balanced_batches(y, lengths, s.batch_size, rng)
-        # the smaller batch may be too small to share out (if all are, share() says so)
+        # the last batch is smaller, perhaps too small for the processes; if all are, share() raises
         batches = [rows for rows in batches if len(rows) >= len(task.labels) * world] or batches
-        start, sums = time.monotonic(), Counter()
+        start, sums = time.monotonic(), Counter()               # Counter.update adds
         model.train()
         bar = tqdm(batches, f"{s.method} epoch {epoch}/{s.epochs}", leave=False,
                    disable=None if rank == 0 else True)
@@ -116,12 +118,13 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
             adamw.zero_grad()
             totals = Counter()
             for part in slices(y[rows], s.micro_batch_size):
-                chosen, weight = rows[part], len(part) / len(rows)      # 1 for the whole batch
-                batch = vocabulary.encode([texts[i] for i in chosen], hull=adversarial,
-                                          device=device)
-                terms = algorithm_1(model, batch, y[chosen].to(device), T[chosen], s)
-                (weight * terms["loss"]).backward()
-                totals.update({name: weight * value.item() for name, value in terms.items()})
+                chosen = rows[part]
+                fraction = len(part) / len(rows)                        # 1 for the whole batch
+                batch = vocabulary.encode([texts[i] for i in chosen], hull=with_x_hat,
+                                          device=model.encoder.device)
+                terms = algorithm_1(model, batch, y[chosen].to(T.device), T[chosen], s)
+                (fraction * terms["loss"]).backward()
+                totals.update({name: fraction * value.item() for name, value in terms.items()})
             totals = average(model, totals, world)
             check_finite(totals, model, epoch, step, adamw)
             adamw.step()
@@ -137,7 +140,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
         if best is None or score >= best["score"]:                          # of equals the later
             best = {"epoch": epoch, "score": score}
         if rank == 0:
-            check_ours(folder, ours)
+            check_alone(folder, started)
             data.write_atomically(folder / "log.jsonl", "".join(json.dumps(x) + "\n" for x in log))
             save_checkpoint(folder, model, adamw, log, best)
             if best["epoch"] == epoch:
@@ -147,7 +150,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
 
     if rank == 0:
         model.load_state_dict(data.load_tensors(folder / "best.safetensors")[0], strict=False)
-        finish(model.eval(), victim, task, s, folder, best | {"rule": rule}, ours)
+        finish(model.eval(), victim, task, s, folder, best | {"rule": rule}, started)
 
 
 # ---- Its parts -----------------------------------------------------------------------------------
@@ -173,7 +176,8 @@ def measure(model, victim, task, s, T, T_dev):
     """The rest of a log line, a dict: accuracy on dev, and how much was forgotten.
 
     (Before it come epoch, the loss and its terms, means over the epoch, lr and seconds.)
-    dev_clean, dev_hull: the share of texts that is right, and right also after eval.hull_attack
+    dev_clean, dev_hull: the share of texts that is right, and right also after eval.hull_attack,
+                         which knows the labels and rounds to words
     params_l2:           ||theta_s - theta_t||, how far the encoder's weights have moved
     dev_cka:             debiased CKA of S and T: 1 if they arrange the texts alike, 0 if unrelated
     dev_retained:        the share of T's variance within classes that a linear regression on S
@@ -191,17 +195,18 @@ def measure(model, victim, task, s, T, T_dev):
             "dev_cka": rift.debiased_cka(S_dev, T_dev),
             "dev_retained": rift.retained(S, T[probe], y[probe], S_dev, T_dev, y_dev)}
     if rift.info in rift.METHODS[s.method]:
-        slice_size = (s.micro_batch_size or s.batch_size) * processes()[1]     # see rift.info
-        N = max(min(slice_size, s.batch_size) // C, 2)
+        # in training L_info compares one slice of every process, at most the batch of all
+        slices_of_all = (s.micro_batch_size or s.batch_size) * processes()[1]
+        N = max(min(slices_of_all, s.batch_size) // C, 2)
         line |= held_out_info(model, S_hat, T_dev, y_dev, N)
     return line
 
 
 @torch.no_grad()
-def held_out_info(model, S, T, y, N):
+def held_out_info(model, S_hat, T, y, N):
     """{"dev_info": L_info of held-out texts, "info_n": how many it compares}.
 
-    S, T: (n, H), features of adversarial and of clean texts; y: (n,); N: texts of a class in a
+    S_hat, T: (n, H), features of adversarial and of clean texts; y: (n,); N: texts of a class in a
     group, as many as in a (micro-)batch, or fewer if there are not so many. log(info_n) - dev_info
     is the bound on I(S;T|Y), with a marginal model on I(S;T). On training pairs it would say
     nothing: g and h learn them by heart.
@@ -211,7 +216,7 @@ def held_out_info(model, S, T, y, N):
     N = min(N, fewest)
     groups = [torch.cat([rows[start:start + N] for rows in by_class])
               for start in range(0, fewest - N + 1, N)]
-    values = [model.L_info(S[rows], T[rows], y[rows]) for rows in groups]
+    values = [model.L_info(S_hat[rows], T[rows], y[rows]) for rows in groups]
     return {"dev_info": torch.stack(values).mean().item(),
             "info_n": N * len(by_class) if model.marginal else N}
 
@@ -227,10 +232,10 @@ def check_finite(totals, model, epoch, step, adamw):
                          "and --overwrite")
 
 
-def finish(model, victim, task, s, folder, best, ours):
+def finish(model, victim, task, s, folder, best, started):
     """Measures the kept epoch on test, once, and writes the run's model and metrics.json.
 
-    best: {"epoch", "rule", "score"}: the kept epoch, and what chose it; ours: see identity().
+    best: {"epoch", "rule", "score"}: the kept epoch, and what chose it; started: see identity().
     """
     clean, hull, _, _ = eval.accuracies(victim, task.test, s, bar="test")
     metrics = {"method": s.method, "task": task.name, "seed": s.seed, "best_epoch": best["epoch"],
@@ -240,7 +245,7 @@ def finish(model, victim, task, s, folder, best, ours):
                "clean": clean, "hull": hull, "test_examples": len(task.test),
                "dev_examples": len(task.dev)}
     parts = {name: p for name, p in trained(model).items() if not name.startswith("encoder.")}
-    check_ours(folder, ours)
+    check_alone(folder, started)
     data.save_tensors(folder / "model.safetensors", parts)
     with data.replacing(folder / "encoder") as new:
         model.encoder.save_pretrained(new)
@@ -311,7 +316,9 @@ def open_folder(folder, config):
         other += [setting for part, setting in eval.SOURCES.items()
                   if s.fingerprints[part] != config["fingerprints"][part]]
         if other:
-            was = f"{then.get(other[0])}" + ", as it was then" * (other[0] in eval.INCIDENTAL)
+            was = then.get(other[0])
+            if other[0] in eval.INCIDENTAL:             # a path, perhaps the same as now
+                was = f"{was}, whose content was another one"
             raise InputError(f"{folder}: --resume with {other[0]} {now[other[0]]}, but the run was "
                              f"started with {was}")
         config = before
@@ -335,17 +342,19 @@ def identity(folder):
     return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
 
 
-def check_ours(folder, ours):
-    """Raises InputError if another train.py has started in the folder since identity() was ours."""
-    if identity(folder) != ours:
+def check_alone(folder, started):
+    """Raises InputError if another train.py has started in the folder since: its identity() is not
+    `started` any more."""
+    if identity(folder) != started:
         raise InputError(f"{folder}: another train.py has started in it meanwhile; this one stops")
 
 
 # ---- Several processes ---------------------------------------------------------------------------
 # Every process draws the same batches and takes its share of each, has its own dropout and noise,
 # and computes its own x^. rift.info compares the texts of all; the gradients are averaged, so that
-# all take the same step. Each measures the whole of dev, which needs no message. The first one
-# reads the data and fills the caches before the others read them, writes all files, measures test.
+# all take the same step. Each measures all of dev itself, so nothing is exchanged for that. The
+# first one reads the data and fills the caches before the others read them; it alone writes files
+# and measures test. The folder --out has to be one that all of them see. eval.py is one process.
 
 
 def processes():
@@ -355,7 +364,10 @@ def processes():
 
 @contextmanager
 def first_process_first():
-    """A `with` block that the first process enters at once, the others when it has left it."""
+    """A `with` block that the first process enters at once, the others when it has left it.
+
+    If the first one fails in it, the others wait until torchrun ends them.
+    """
     rank, world = processes()
     if rank > 0:
         dist.barrier()
@@ -398,12 +410,12 @@ def digest_of(encoder):
     return data.fingerprint(b"".join(p.detach().numpy().tobytes() for p in encoder.parameters()))
 
 
-def run(task, table, fingerprints, s, folder, known):
+def run(task, table, fingerprints, s, folder, teacher_features):
     """Trains one method with one seed in its folder.
 
-    fingerprints: of data, table and encoder; known: {digest of the encoder: [T, T_dev]}, the
-    teacher's features, shared by the runs of a command; filled here. Raises InputError for settings
-    that do not fit the model, the data, or a run that is there.
+    fingerprints: of data, table and encoder; teacher_features: {digest of the encoder: [T, T_dev]},
+    filled here and used again by the next runs of a command. Raises InputError for settings that do
+    not fit the model, the data, or a run that is there.
     """
     rank, world = processes()
     torch.manual_seed(s.seed)   # for the head, the projections, and a pooler that was not trained
@@ -416,17 +428,17 @@ def run(task, table, fingerprints, s, folder, known):
     with first_process_first():
         if rank == 0 and open_folder(folder, config):
             data.write_json(folder / "neighbors.json", table)
-    if (folder / "metrics.json").exists():
+    if (folder / "metrics.json").exists():              # finished already: every process sees that
         return
     model = rift.RIFT(encoder, len(task.labels), s.pooling, s.method == "rift-marginal",
                       data.DTYPES[s.precision], s.mixout if s.method == "adv-mixout" else None,
                       s.tau)
     model.to(data.pick_device(s.device))
     vocabulary = data.Vocabulary(tokenizer, s.max_len, table, s.unknown_words, s.candidates)
-    if digest not in known:
+    if digest not in teacher_features:
         victim = eval.Victim(model, vocabulary, s.eval_batch_size)
         bar = "teacher's features" if rank == 0 else None
-        known[digest] = [
+        teacher_features[digest] = [
             victim.features([x.words for x in split], model.teacher, bar)
             for split in (task.train, task.dev)]
     if rank == 0:
@@ -434,7 +446,7 @@ def run(task, table, fingerprints, s, folder, known):
         counts = Counter(task.labels[x.y] for x in task.train)
         classes = ", ".join(f"{counts[label]:,} {label}" for label in task.labels)
         print(f"{folder}: trains on {classes}; dev {len(task.dev):,}, test {len(task.test):,}")
-    train(model, task, vocabulary, s, folder, *known[digest])
+    train(model, task, vocabulary, s, folder, *teacher_features[digest])
 
 
 def warn(vocabulary, task):
@@ -676,7 +688,8 @@ def main(argv):
     with first_process_first():                         # it fills the caches
         if s.model == "toy":
             s.model = str(toy_encoder())
-        torch.manual_seed(0)    # a pooler that was never trained: drawn, here alike for all seeds
+        # its fingerprint must not depend on the seed: a pooler that was never trained is drawn
+        torch.manual_seed(0)
         digest = digest_of(data.load_encoder(s.model, s.max_len)[0])
         task = data.open_task(s)
         table = data.open_table(s, task)
@@ -686,14 +699,13 @@ def main(argv):
     if args.overwrite and rank == 0:    # all now: after a stop --resume must find no old run
         for folder in folders.values():
             data.remove(folder / "config.json")         # a folder without it holds no run
-    known, begun = {}, []
-    for (method, seed), folder in folders.items():
-        begun.append(folder)
+    teacher_features = {}                               # see run()
+    for number, ((method, seed), folder) in enumerate(folders.items(), 1):
         settings = SimpleNamespace(**vars(s) | {"method": method, "seed": seed})
         try:
-            run(task, table, fingerprints, settings, folder, known)
+            run(task, table, fingerprints, settings, folder, teacher_features)
         except KeyboardInterrupt:
-            goes_on = len(begun) > 1 or (folder / "checkpoint.safetensors").exists()
+            goes_on = number > 1 or (folder / "checkpoint.safetensors").exists()
             flag = "--resume in place of --overwrite" if "--overwrite" in argv else "--resume"
             raise KeyboardInterrupt(f"the same command with {flag} goes on" if goes_on else
                                     "no epoch was finished yet") from None

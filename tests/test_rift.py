@@ -205,7 +205,7 @@ def test_a_model_applies_its_precision_and_mixout_itself(encoder):
     model = moved(rift.RIFT(encoder, 2, dtype=torch.bfloat16, p_mixout=0.7))
     batch, before = example(encoder), dict(encoder.named_parameters())
     w = model.adversary(**batch, v=start(batch), steps=2)
-    with rift.stand_in(encoder, rift.weights_in(encoder, torch.bfloat16)):
+    with rift.stand_in(encoder, rift.parameters_in(encoder, torch.bfloat16)):
         assert torch.equal(w, search(encoder, model.head, batch, steps=2))
     for training in (True, False):
         torch.manual_seed(0)
@@ -213,7 +213,7 @@ def test_a_model_applies_its_precision_and_mixout_itself(encoder):
         torch.manual_seed(0)
         theta = rift.mixout(encoder, model.teacher, 0.7) if training else {}
         with rift.stand_in(encoder, theta):
-            theta = rift.weights_in(encoder, torch.bfloat16)
+            theta = rift.parameters_in(encoder, torch.bfloat16)
         with rift.stand_in(encoder, theta):
             assert torch.equal(outputs.clean, model.head(S_of(encoder, batch)))
             assert torch.equal(outputs.adversarial, model.head(S_of(encoder, batch, w)))

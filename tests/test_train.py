@@ -369,10 +369,10 @@ def test_the_best_epoch_on_dev_is_kept(task, bert, tmp_path, monkeypatch, method
 def test_settings_of_words_and_precision_reach_training_and_loading(task, bert, tmp_path,
                                                                     monkeypatch):
     made, dtypes = [], set()
-    vocabulary, weights_in = data.Vocabulary, rift.weights_in
+    vocabulary, parameters_in = data.Vocabulary, rift.parameters_in
     monkeypatch.setattr(data, "Vocabulary", lambda *a: made.append(vocabulary(*a)) or made[-1])
-    monkeypatch.setattr(rift, "weights_in", lambda encoder, dtype: (
-        dtypes.add(dtype) or weights_in(encoder, dtype)))
+    monkeypatch.setattr(rift, "parameters_in", lambda encoder, dtype: (
+        dtypes.add(dtype) or parameters_in(encoder, dtype)))
     train.main(command(task, bert, tmp_path / "runs", "--method adv --epochs 1 "
                        "--unknown-words unk --candidates 2 --precision bf16"))
     victim = eval.load_run(tmp_path / "runs" / "adv", "cpu")
