@@ -147,7 +147,8 @@ def exhaustive(words, y, synonyms, rng=None):
         try:
             P = yield texts
         except OutOfQueries as limit:
-            P, swapped = limit.P, iter(())  # the answers until then; no more texts
+            P = limit.P     # the answers until then
+            swapped = iter(())
         fooled = P.argmax(axis=1) != y
         if fooled.any():
             return texts[fooled.argmax()]
@@ -214,7 +215,8 @@ def attack(victim, examples, method, synonyms, *, seed=0, batch_size=64, in_flig
                          f"not {', '.join(map(str, limits))}")
     name = name or (method.func if isinstance(method, partial) else method).__name__
     total = len(examples) if hasattr(examples, "__len__") else None
-    examples, running, C = iter(examples), [], None
+    examples, running = iter(examples), []
+    C = None    # the number of classes, known from the first answer on
     done, robust, substitutable, unseen = 0, 0, 0, 0
     with tqdm(total=total, desc=name, disable=None if progress else True, leave=False) as bar:
         while True:
@@ -230,7 +232,7 @@ def attack(victim, examples, method, synonyms, *, seed=0, batch_size=64, in_flig
             unfinished = []
             for example in running:
                 try:
-                    if example.spent:
+                    if example.out_of_queries:
                         example.begin(example.steps.throw(OutOfQueries(example.answers(C))))
                     elif example.complete:
                         example.begin(example.steps.send(example.answers(C)))
@@ -288,7 +290,7 @@ class Running:
         self.words, self.rest = words[:n], words[n:]    # `rest` is sent, but never changed
         self.length = len(words) + sum(len(part.split(" ")) for part in self.premise)
         self.memory = {}        # every answer so far: digest of a text -> C probabilities
-        self.stopped = False    # True once it has wanted more texts than max_queries
+        self.stopped = False    # True from the first time that it is out of queries, see begin()
 
     def text(self, words):
         """The text that the victim gets: with `words` in place of self.words."""
@@ -302,7 +304,8 @@ class Running:
     def begin(self, wanted):
         """Starts a round: the texts (tuples of words) that the attack wants to see scored."""
         self.wanted, self.asked = iter(wanted), []  # asked: digests of texts taken from wanted
-        self.complete = self.spent = False  # spent: the next new text would exceed max_queries
+        self.complete = False           # True when all that it wants is asked
+        self.out_of_queries = False     # True if the next new text would exceed max_queries
 
     def answers(self, C):
         """P (N, C) of the N texts asked in this round."""
@@ -334,12 +337,14 @@ def attack_one(example, index, y, victim, method, synonyms, seed, name):
             P = yield [tuple(found)]    # costs nothing where the attack has asked it already
             adversarial = tuple(found)
         except OutOfQueries:
-            pass
+            pass    # it has survived: adversarial and P stay those of the original
     prediction = int(P[0].argmax())
     success = correct and prediction != y
-    return Result(int(index), name, y, example.text(words), example.text(adversarial), success,
-                  prediction, sum(v != w for v, w in zip(words, adversarial)), len(example.memory),
-                  example.stopped and not success, correct, substitutable)
+    return Result(
+        index=int(index), attack=name, label=y, original=example.text(words),
+        adversarial=example.text(adversarial), success=success, prediction=prediction,
+        words_changed=sum(v != w for v, w in zip(words, adversarial)), queries=len(example.memory),
+        stopped=example.stopped and not success, correct=correct, substitutable=substitutable)
 
 
 def class_of(y, index, labels, C):
@@ -366,12 +371,12 @@ def class_of(y, index, labels, C):
 
 
 def ask(victim, running, batch_size, max_queries, C):
-    """Takes up to four batches of new texts from each example, remembers the victim's answers, and
-    returns the number of classes. C: that of earlier answers, None before the first.
+    """Asks the victim for new texts, up to four batches of each example, and puts the answers into
+    the examples' memories. Returns the number of classes; C: that of earlier answers, or None.
 
-    Texts of similar length share a batch (little padding). A round can want n texts of n words, or
-    more. To save memory they are made a few at a time, and of each only a 16-byte digest and the
-    answer are kept.
+    Texts of similar length share a batch (little padding). PWWS wants a text of n words for each of
+    n words in one round. To save memory they are made a few at a time, and of each only a 16-byte
+    digest and the answer are kept.
     """
     key = getattr(victim, "key", None)
     new = []    # (example, digest, text)
@@ -384,7 +389,7 @@ def ask(victim, running, batch_size, max_queries, C):
             digest = blake2b(seen, digest_size=16).digest()
             if digest not in example.memory:
                 if len(example.memory) == max_queries:
-                    example.spent = example.stopped = True
+                    example.out_of_queries = example.stopped = True
                     break
                 example.memory[digest] = None   # its place: a text wanted twice is asked once
                 new.append((example, digest, text))

@@ -167,8 +167,9 @@ def read_lines(path):
 def save_tensors(path, tensors, about=None):
     """Writes {name: tensor} and a JSON-able dict to one safetensors file, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # safetensors wants memory of its own for each name; the first of several keeps what they share
     first = {tensor.data_ptr(): name for name, tensor in reversed(tensors.items())}
-    for name, tensor in tensors.items():        # safetensors wants memory of its own for each name
+    for name, tensor in tensors.items():
         if first[tensor.data_ptr()] != name:
             tensors[name] = tensor.clone()
     write_atomically(path, safetensors.torch.save(tensors, {"about": json.dumps(about or {})}))
@@ -354,9 +355,10 @@ def prepare_nltk(data_dir=None, wordnet=False):
 
 # ---- Words ---------------------------------------------------------------------------------------
 
-# Pieces of contractions, as word_tokenize splits them: ca n't, she 'll; sometimes ' ll.
-CONTRACTIONS = {"n't", "'ll", "'re", "'ve", "'d", "'m", "'s"}
-BEFORE_NOT, AFTER_APOSTROPHE = {"ca", "wo", "sha", "ai"}, {"ll", "re", "ve", "d", "m", "s"}
+# Pieces of contractions, as word_tokenize splits them
+CONTRACTIONS = {"n't", "'ll", "'re", "'ve", "'d", "'m", "'s"}     # she 'll
+BEFORE_NOT = {"ca", "wo", "sha", "ai"}                             # ca n't
+AFTER_APOSTROPHE = {"ll", "re", "ve", "d", "m", "s"}               # sometimes she ' ll
 
 
 def clean(text):
@@ -494,7 +496,7 @@ def cut_dev(pools, labels, size, where):
     total = sum(map(len, pools))
     counts = [max(2, len(pool) * min(1000, total // 10) // total) for pool in pools]
     if size is not None:
-        counts = map(len, balanced(pools, labels, size, f"{where}: dev"))
+        counts = [len(pool) for pool in balanced(pools, labels, size, f"{where}: dev")]
     cuts = list(zip(pools, counts))
     dev = [pool[:n] for pool, n in cuts]
     in_dev = {plain(texts) for pool in dev for texts, _ in pool}
@@ -693,15 +695,18 @@ def wordnet_neighbors(words):
     most frequent part of speech count, by WordNet's own counts. The original PWWS (Ren et al. 2019)
     tags each word in its sentence instead, and also swaps named entities.
     """
-    wordnet, table = nltk.corpus.wordnet, {}
+    wordnet = nltk.corpus.wordnet
     words = sorted(set(words) - CLOSED_CLASS)
 
     def compute():
+        table = {}
         for word in tqdm(words, "synonyms", delay=2, disable=None):
             def count(pos):
                 form = wordnet.morphy(word, pos)    # of "films" it is "film"
+                # -1: the word is not of this part of speech
                 return sum(x.count() for x in wordnet.lemmas(form, pos)) if form else -1
 
+            # noun, verb, adjective or adverb
             synsets = wordnet.synsets(word, max("nvar", key=count))
             lemmas = dict.fromkeys(name.lower() for x in synsets for name in x.lemma_names())
             synonyms = [lemma for lemma in lemmas if "_" not in lemma and lemma != word]
@@ -813,6 +818,7 @@ class Vocabulary:
 
     def first_piece(self, word):
         """token() of a lower-case word, looked up in the vocabulary or asked of the tokenizer."""
+        # (a byte-level vocabulary writes other characters than ASCII in its own way)
         if word.isascii() or not self.byte_level:
             token = self.ids.get("Ġ" + word if self.byte_level else word)
             if token is not None and token not in self.special:
@@ -820,7 +826,7 @@ class Vocabulary:
         text = " " + word[:1000].encode("utf-8", "replace").decode()    # enough for the first piece
         pieces = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True,
                                        verbose=False)
-        whole = self.byte_level and len(pieces) == 1    # the vocabulary's own word beyond ASCII
+        whole = self.byte_level and len(pieces) == 1    # the vocabulary has this word after all
         if not pieces or pieces[0] in self.special or (self.unknown == "unk" and not whole):
             return self.unk
         return pieces[0]
@@ -839,7 +845,7 @@ class Vocabulary:
 
     def visible(self, words):
         """The first words of an example that fit into max_len; a pair's premise comes first."""
-        room = self.max_len - 1 - len(words)    # for words: [CLS] and a [SEP] for each text are off
+        room = self.max_len - 1 - len(words)    # for [CLS] and, behind each text, a [SEP]
         kept = []
         for text in words:
             kept.append(tuple(text[:room]))
@@ -935,10 +941,12 @@ def balanced_batches(y, lengths, batch_size, rng, window=50):
         for start in range(0, full, window):
             part = shuffled[start * per:min(start + window, full) * per]
             parts += list(part[np.argsort(lengths[part], kind="stable")].reshape(-1, per))
-        columns.append(parts + [shuffled[full * per:full * per + rest]] * (rest >= 2))
+        if rest >= 2:
+            parts.append(shuffled[full * per:full * per + rest])
+        columns.append(parts)
     batches = list(zip(*columns))
     order = rng.permutation(len(batches))
-    # shuffled, because train.share() leaves out the last texts of a class: not always the longest
+    # each part, sorted by length till now, is shuffled: train.share() may leave out its last texts
     return [np.concatenate([rng.permutation(part) for part in batches[i]]) for i in order]
 
 
@@ -1052,13 +1060,13 @@ def load_encoder(name_or_dir, max_len=0, complete=False):
     if {piece for word in pieces for piece in word} <= {tokenizer.unk_token_id}:
         raise InputError(f"{where}: its tokenizer knows none of the words 'the', 'a' and 'film'; "
                          "wanted the model's tokenizer.json or vocabulary beside its weights")
-    config = encoder.config
-    if len(tokenizer) > config.vocab_size or tokenizer.pad_token_id != config.pad_token_id:
+    made = encoder.config
+    if len(tokenizer) > made.vocab_size or tokenizer.pad_token_id != made.pad_token_id:
         raise InputError(
             f"{where}: the tokenizer is another model's: {len(tokenizer)} tokens and padding "
-            f"{tokenizer.pad_token_id}, the encoder has {config.vocab_size} and "
-            f"{config.pad_token_id}")
-    longest = config.max_position_embeddings - getattr(encoder.embeddings, "padding_idx", -1) - 1
+            f"{tokenizer.pad_token_id}, the encoder has {made.vocab_size} and "
+            f"{made.pad_token_id}")
+    longest = made.max_position_embeddings - getattr(encoder.embeddings, "padding_idx", -1) - 1
     if max_len > longest:
         raise InputError(f"{where}: has positions for {longest} tokens, --max-len is {max_len}")
     return encoder, tokenizer

@@ -9,8 +9,9 @@ In Python, a finished run is a function from texts to class probabilities:
     victim = load_run("runs/imdb/rift")
     victim(["a great film"])                        # (1, C)
 
-In this file: loading finished runs; accuracy, clean and on the hull; attacking runs and keeping
-what is finished; the tables; the figures.
+One process, and for a run one command at a time. In this file: loading finished runs; accuracy,
+clean and under the hull attack; attacking runs and keeping what is finished; the tables; the
+figures.
 """
 import signal
 
@@ -179,7 +180,7 @@ def load_run(folder, device=None, precision=None, batch_size=64, table=None):
                   config["parts"])
 
 
-# ---- Accuracy: clean and on the hull, and how certain it is --------------------------------------
+# ---- Accuracy: clean and under the hull attack, and how certain it is ----------------------------
 
 
 def search_settings(s):
@@ -225,13 +226,13 @@ def accuracy(examples, *predictions):
 
 
 def accuracies(victim, examples, s, bar=None):
-    """(clean, hull, S, S_hat): accuracy on examples as they are, and also after hull_attack(); the
-    features (N, H) of both. s: the run's settings; bar: the name of the progress bars."""
+    """(clean, hull, S, S_attacked): accuracy on examples as they are, and also after hull_attack();
+    the features (N, H) of both. s: the run's settings; bar: the name of the progress bars."""
     S = victim.features([x.words for x in examples], bar=bar)
     clean = victim.probabilities(S).argmax(-1)                                  # (N,)
-    attacked, _, S_hat = hull_attack(victim, examples, bar=bar and f"{bar} hull",
-                                     **search_settings(s))
-    return accuracy(examples, clean), accuracy(examples, clean, attacked), S, S_hat
+    attacked, _, S_attacked = hull_attack(victim, examples, bar=bar and f"{bar} hull",
+                                          **search_settings(s))
+    return accuracy(examples, clean), accuracy(examples, clean, attacked), S, S_attacked
 
 
 def wilson(successes, n):
@@ -435,8 +436,8 @@ def files_of(split):
 def evaluate(folder, plan, args):
     """The Evaluation of one run: clean accuracy and every attack asked for, on the chosen texts.
 
-    Writes attacks.jsonl, eval.json and, for the test split, eval.json's accuracies under attacks
-    (but hull) into metrics.json, in place of those there. Each line of attacks.jsonl carries a
+    Writes attacks.jsonl and eval.json. For the test split metrics.json then has the same attacks
+    (but hull) as eval.json, and no older ones. Each line of attacks.jsonl carries a
     fingerprint of the settings and weights that it was made with. If it is that of this command,
     the line is used again; otherwise it stays in the file, for a command with those settings.
     eval.json keeps an earlier attack, see conditions(), if its lines cover all the texts.
@@ -463,8 +464,11 @@ def evaluate(folder, plan, args):
              for (i, text), y, p in zip(texts.items(), labels, predictions) if p != y]
 
     eval_path, lines_path = (folder / name for name in files_of(args.split))
-    marks = {name: data.fingerprint([name, settings["clean"], settings[name]]) for name in settings}
-    done, others = {name: {} for name in settings if name != "clean"}, []
+    marks = {name: data.fingerprint([name, settings["clean"], settings[name]])
+             for name in settings if name != "clean"}
+    # done: {attack: {index: line}}, of the attacks asked for and of those that eval.json has;
+    # others: lines that were made with other settings
+    done, others = {name: {} for name in marks}, []
     for line in data.read_lines(lines_path):
         name = line.get("attack")
         if name not in done or line.get("made_with") != marks[name]:
@@ -505,14 +509,15 @@ def evaluate(folder, plan, args):
 def keep(results, mark, lines, path):
     """Adds each Result to lines, {index: line}, and at once to attacks.jsonl, so that a stop loses
     none of them. Raises InputError if a second eval.py has replaced the file meanwhile."""
-    with data.writing(path), open(path, "ab", buffering=0) as file:
+    with open(path, "ab", buffering=0) as file:
         for result in results:
             if os.fstat(file.fileno()).st_nlink == 0:
                 raise InputError(f"{path}: another eval.py has replaced it; evaluate a run with "
                                  "one command at a time")
             line = {key: getattr(result, key) for key in LINE_KEYS} | {"made_with": mark}
             lines[result.index] = line
-            file.write(json.dumps(line).encode() + b"\n")
+            with data.writing(path):
+                file.write(json.dumps(line).encode() + b"\n")
 
 
 def write_lines(path, others, done):
@@ -1032,6 +1037,9 @@ def check_first(args):
             importlib.import_module("matplotlib.figure")
         except ImportError:
             raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+        if args.plot_attack not in args.attacks:        # then an earlier command has made it
+            for folder in args.runs:
+                read_finished(folder, args.plot_attack, args.split)
     for path in filter(None, (args.csv, args.plot)):
         if not path.parent.is_dir() or path.is_dir():
             raise InputError(f"{path}: wanted the name of a file in a folder that is there")

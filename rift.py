@@ -215,7 +215,7 @@ def noise(shape, max_len, generator=None):
 
 def adversary(encoder, head, input_ids, attention_mask, subs, subs_mask, v, y=None, *,
               pooling="pooler", steps=10, lr=1.0, weight_decay=2e-5, sparsity=15.0):
-    """The weights w; mix(e, E, free, w[free]) is x^, the worst point of the hull.
+    """The mixing weights w, from which the caller makes x^ = mix(e, E, free, w[free]).
 
         max over v of   gain(x^(v)) - sparsity * sum_l H(w_l) / (300 * 128),   by Adam's ascent
 
@@ -237,8 +237,8 @@ def adversary(encoder, head, input_ids, attention_mask, subs, subs_mask, v, y=No
             e, E, free = hull(encoder, input_ids, subs, subs_mask)
             clean = predict(e) if y is None else None
         # only the positions that have a choice are searched
-        v, real = v.clone(), subs_mask[free]                                    # real: (P, K)
         v_free = v[free].requires_grad_()                                       # (P, K)
+        real = subs_mask[free]                                                  # (P, K)
         adam = torch.optim.Adam([v_free], lr=lr, weight_decay=weight_decay)
         for _ in range(steps if len(v_free) else 0):
             with torch.enable_grad():                   # also where the caller has switched it off
@@ -249,8 +249,7 @@ def adversary(encoder, head, input_ids, attention_mask, subs, subs_mask, v, y=No
                 value = gain - sparsity * entropy(w).sum() / (300 * 128)
                 v_free.grad = torch.autograd.grad(-value, v_free)[0]
             adam.step()
-        v[free] = v_free.detach()
-        return weights(v, subs_mask)
+        return weights(v.index_put((free,), v_free.detach()), subs_mask)
 
 
 # ---- The losses ----------------------------------------------------------------------------------
@@ -316,7 +315,7 @@ def gather(x):
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.detach().contiguous())
-    x = x + (len(parts) - 1) * (x - x.detach())
+    x = x + (len(parts) - 1) * (x - x.detach())         # the same value, a larger gradient
     parts[dist.get_rank()] = x
     return torch.cat(parts)
 
@@ -436,10 +435,10 @@ class RIFT(nn.Module):
 
     encoder: a Hugging Face BERT or RoBERTa encoder; C: number of classes; pooling: see features();
     marginal: one pair of projections for all classes, for the bound on I(S;T); dtype: in which the
-    encoder computes, float32 or bfloat16 (AdamW's weights stay in float32); p_mixout: in training
-    it computes with mixout() of this p; tau: temperature of f_c. The teacher is a copy of the
-    encoder: loading it a second time would give another random pooler where none was pre-trained
-    (RoBERTa).
+    encoder computes, float32 or bfloat16 (AdamW's weights stay in float32); p_mixout: the p of
+    mixout(), which forward() uses in training mode, or None; tau: temperature of f_c. The teacher
+    is a copy of the encoder: loading it a second time would give another random pooler where none
+    was pre-trained (RoBERTa).
     """
 
     def __init__(self, encoder, C, pooling="pooler", marginal=False, dtype=torch.float32,
@@ -523,10 +522,10 @@ def ptwd(o):
 
 
 # method: {term: its weight, a number or the name of a setting}. What is not listed is not computed.
-# To add a method, write its new terms above and its line here. One that changes the model itself,
-# as adv-mixout and rift-marginal do, is also named where train.run and eval.load_run make the
-# model. With a term besides ce and ptwd a method is given x^, and its epoch is chosen by accuracy
-# in the hull, see `rule` in train.train.
+# To add a method, write its new terms above and its line here. One that changes the model itself is
+# also named where train.run makes the model; if it changes the model's parts, as rift-marginal
+# does, also in eval.load_run (adv-mixout acts in training only). With a term besides ce and ptwd a
+# method is given x^, and its epoch is chosen by dev_hull, see `rule` in train.train.
 METHODS = {
     "standard": {ce: 1},
     "adv": {ce: 1, kl: "beta"},                             # L_task

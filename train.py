@@ -85,7 +85,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
     """
     rank, world = processes()
     with_x_hat = rift.has_adversary(s.method)
-    # the epoch is chosen on dev: by the first measure, of equals by the second, see measure()
+    # what chooses the epoch, see measure(): the first of these, of equals the second
     rule = ["dev_hull", "dev_clean"] if with_x_hat else ["dev_clean"]
     victim = eval.Victim(model, vocabulary, s.eval_batch_size)
     texts = [vocabulary.visible(x.words) for x in task.train]
@@ -98,7 +98,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
     log, best = load_checkpoint(folder, model, adamw)
     started = identity(folder)
     if rank == 0 and log and best["epoch"] == len(log):
-        # it may have been killed after the checkpoint was written and before this file was
+        # it may have been killed after it wrote the checkpoint and before it wrote this file
         data.save_tensors(folder / "best.safetensors", trained(model))
 
     for epoch in range(len(log) + 1, s.epochs + 1):
@@ -106,7 +106,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
             group["lr"] = s.lr * s.schedule[min(epoch, len(s.schedule)) - 1]
         rng = np.random.default_rng([s.seed, epoch])
         batches = data.balanced_batches(y, lengths, s.batch_size, rng)
-        # the last batch is smaller, perhaps too small for the processes; if all are, share() raises
+        # a last batch that is too small to share is left out; if all are too small, share() raises
         batches = [rows for rows in batches if len(rows) >= len(task.labels) * world] or batches
         start, sums = time.monotonic(), Counter()               # Counter.update adds
         model.train()
@@ -137,7 +137,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
         line |= measure(model, victim, task, s, T, T_dev)
         log.append(line)
         score = [line[key] for key in rule]
-        if best is None or score >= best["score"]:                          # of equals the later
+        if best is None or score >= best["score"]:          # if all are equal, the later epoch
             best = {"epoch": epoch, "score": score}
         if rank == 0:
             check_alone(folder, started)
@@ -186,7 +186,7 @@ def measure(model, victim, task, s, T, T_dev):
     """
     y = torch.tensor([x.y for x in task.train], device=T.device)                    # (n,)
     y_dev = torch.tensor([x.y for x in task.dev], device=T.device)
-    clean, hull, S_dev, S_hat = eval.accuracies(victim, task.dev, s)                # S: (n, H)
+    clean, hull, S_dev, S_attacked = eval.accuracies(victim, task.dev, s)           # S: (n, H)
     C = len(task.labels)
     probe = torch.cat([(y == c).nonzero().squeeze(1)[:PROBE // C] for c in range(C)])
     S = victim.features([task.train[i].words for i in probe])
@@ -195,28 +195,28 @@ def measure(model, victim, task, s, T, T_dev):
             "dev_cka": rift.debiased_cka(S_dev, T_dev),
             "dev_retained": rift.retained(S, T[probe], y[probe], S_dev, T_dev, y_dev)}
     if rift.info in rift.METHODS[s.method]:
-        # in training L_info compares one slice of every process, at most the batch of all
+        # in training L_info compares a slice of every process, never more than the whole batch
         slices_of_all = (s.micro_batch_size or s.batch_size) * processes()[1]
         N = max(min(slices_of_all, s.batch_size) // C, 2)
-        line |= held_out_info(model, S_hat, T_dev, y_dev, N)
+        line |= held_out_info(model, S_attacked, T_dev, y_dev, N)
     return line
 
 
 @torch.no_grad()
-def held_out_info(model, S_hat, T, y, N):
+def held_out_info(model, S_attacked, T, y, N):
     """{"dev_info": L_info of held-out texts, "info_n": how many it compares}.
 
-    S_hat, T: (n, H), features of adversarial and of clean texts; y: (n,); N: texts of a class in a
-    group, as many as in a (micro-)batch, or fewer if there are not so many. log(info_n) - dev_info
-    is the bound on I(S;T|Y), with a marginal model on I(S;T). On training pairs it would say
-    nothing: g and h learn them by heart.
+    S_attacked, T: (n, H), features of the texts that eval.hull_attack found, and of the clean ones;
+    y: (n,); N: texts of a class in a group, as many as in a (micro-)batch, or fewer if there are
+    not so many. log(info_n) - dev_info is the bound on I(S;T|Y), with a marginal model on I(S;T).
+    On training pairs it would say nothing: g and h learn them by heart.
     """
     by_class = [(y == c).nonzero().squeeze(1) for c in y.unique()]
     fewest = min(map(len, by_class))
     N = min(N, fewest)
     groups = [torch.cat([rows[start:start + N] for rows in by_class])
               for start in range(0, fewest - N + 1, N)]
-    values = [model.L_info(S_hat[rows], T[rows], y[rows]) for rows in groups]
+    values = [model.L_info(S_attacked[rows], T[rows], y[rows]) for rows in groups]
     return {"dev_info": torch.stack(values).mean().item(),
             "info_n": N * len(by_class) if model.marginal else N}
 
@@ -425,7 +425,7 @@ def run(task, table, fingerprints, s, folder, teacher_features):
               "fingerprints": fingerprints, "processes": world,
               "versions": {"python": platform.python_version(), "torch": torch.__version__,
                            "transformers": transformers.__version__, "numpy": np.__version__}}
-    with first_process_first():
+    with first_process_first():                         # the others wait until the folder is ready
         if rank == 0 and open_folder(folder, config):
             data.write_json(folder / "neighbors.json", table)
     if (folder / "metrics.json").exists():              # finished already: every process sees that
