@@ -183,9 +183,9 @@ def attack(victim, examples, method, synonyms, *, seed=0, batch_size=64, in_flig
 
     victim:      callable, list of N texts -> (N, C) class probabilities (list, numpy or torch). It
                  may have these attributes. `key`, text -> bytes or str: what the model really sees,
-                 such as its token ids; texts with the same key are sent once. `visible`, text ->
-                 how many words of the changeable text it sees. `labels`: its classes in order, a
-                 list or an array such as scikit-learn's classes_.
+                 such as its token ids; of an example's texts with the same key only one is sent.
+                 `visible`, text -> how many words of the changeable text it sees. `labels`: its
+                 classes in order, a list or an array such as scikit-learn's classes_.
     examples:    iterable, read lazily, of (index, text, y). A text is lower-case words joined by
                  single spaces; of a pair, a tuple (premise, hypothesis), only the second changes. y
                  is one of the victim's labels or, unless these are numbers, the class number. Mind

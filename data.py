@@ -640,7 +640,8 @@ CLOSED_CLASS = set("""
 def find_neighbors(source="published", data_dir=None):
     """The Path of a substitution table, or "wordnet"; what is not there is fetched.
 
-    source: as for load_neighbors. A file is looked for in data_dir first, then as it is named.
+    source: as for load_neighbors. If data_dir is given, a file is looked for there and in the cache
+    first, then as it is named.
     """
     if source == "wordnet":
         prepare_nltk(data_dir, wordnet=True)
@@ -970,7 +971,8 @@ def pick_precision(name, device):
     """"fp32" or "bf16"; "auto" is bf16 on GPUs that have it, fp32 elsewhere."""
     if name != "auto":
         return name
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_it else "fp32"
 
 
 def warn_of_slow_bf16(precisions, device):

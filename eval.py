@@ -116,7 +116,8 @@ class Victim:
         return self.probabilities(self.features([self.words(text) for text in texts]))
 
     def key(self, text):
-        """What the model sees of a text: its token ids, as bytes. Equal keys are sent once."""
+        """What the model sees of a text: its token ids, as bytes. An attack sends equal keys only
+        once."""
         return np.array(self.vocabulary.input_ids(self.words(text)), np.int32).tobytes()
 
     def visible(self, text):
@@ -163,7 +164,7 @@ def load_run(folder, device=None, precision=None, batch_size=64, table=None):
         encoder, tokenizer = data.load_encoder(folder.absolute() / "encoder", s.max_len,
                                                complete=True)
         model = rift.RIFT(encoder, len(config["labels"]), s.pooling, s.method == "rift-marginal",
-                          dtype)
+                          dtype, tau=s.tau)
     path = folder / "model.safetensors"
     tensors, _ = data.load_tensors(path)
     wanted = {(name, p.shape) for name, p in model.state_dict().items()
@@ -373,7 +374,7 @@ def keywords(name, s, args):
 
 
 def run_attack(name, victim, table, plan, texts, pending, s, args):
-    """Yields an attacks.Result for each pending example as it is finished.
+    """Yields an attacks.Result for each pending example as it is finished, of hull all at the end.
 
     table: the attack's substitution table; texts: {index: text} of the chosen examples; pending:
     those of these indices that are to be attacked; s: the run's settings.
@@ -405,10 +406,11 @@ def run_attack(name, victim, table, plan, texts, pending, s, args):
 
 def conditions(folder, s, precision, tables, plan, args):
     """The settings and weights that an outcome depends on: {"clean": what all attacks share,
-    attack: its own}. (For a change of an attack's code there is --overwrite.)
+    attack: its own}. (For a change of an attack's code there is --overwrite; in bf16 the batch,
+    which is not recorded, can matter for a text that is barely right.)
 
-    An attack that is not asked for today keeps the settings that eval.json has of it, and so its
-    place there, if what all attacks share is the same as then.
+    If what all attacks share is the same as in eval.json, an attack there that is not asked for
+    today keeps its settings; evaluate() then keeps its result.
     """
     paths = folder / "encoder" / "model.safetensors", folder / "model.safetensors"
     weights = data.fingerprint(b"".join(path.read_bytes() for path in paths))
@@ -440,7 +442,8 @@ def evaluate(folder, plan, args):
     (but hull) as eval.json, and no older ones. Each line of attacks.jsonl carries a
     fingerprint of the settings and weights that it was made with. If it is that of this command,
     the line is used again; otherwise it stays in the file, for a command with those settings.
-    eval.json keeps an earlier attack, see conditions(), if its lines cover all the texts.
+    eval.json has an attack once, with its latest settings. One that is not asked for today stays
+    there, see conditions(), if its lines cover all the texts.
     """
     s, config = settings_of(folder)
     table = None
@@ -466,14 +469,14 @@ def evaluate(folder, plan, args):
     eval_path, lines_path = (folder / name for name in files_of(args.split))
     marks = {name: data.fingerprint([name, settings["clean"], settings[name]])
              for name in settings if name != "clean"}
-    # done: {attack: {index: line}}, of the attacks asked for and of those that eval.json has;
-    # others: lines that were made with other settings
+    # done: {attack: {index: line}}, of the attacks asked for and of those that eval.json has, made
+    # with the settings of this command; others: all other lines
     done, others = {name: {} for name in marks}, []
     for line in data.read_lines(lines_path):
         name = line.get("attack")
         if name not in done or line.get("made_with") != marks[name]:
             others.append(line)
-        elif not (args.overwrite and name in args.attacks and line["index"] in texts):
+        elif not (args.overwrite and name in args.attacks):
             done[name][line["index"]] = line
 
     def survived(name):                                                         # (N,)
@@ -535,9 +538,9 @@ interval. hull: the search of training, but against the true label and rounded t
 stand-in for the attacks. unknown: PWWS puts it in place of each word in turn, to see how much that
 word matters. words: share of the words that successful attacks changed. queries: different texts
 that the attack asked about, on average (hull: forward passes). fixed: share of the attacked texts
-in which no word that the model sees has a synonym. stopped: share of all N texts that survived, but
-for which --max-queries ended the attack. The true robust accuracy is at most what survived, and if
-the attack is exhaustive, at least that minus what was stopped."""
+in which no word that the model sees has a synonym to use. stopped: share of all N texts that
+survived, but for which --max-queries ended the attack. The true robust accuracy is at most what
+survived, and if the attack is exhaustive, at least that minus what was stopped."""
 
 
 def show(title, rows):
@@ -593,7 +596,8 @@ def own_settings(s, *varying):
     """The settings that set a run apart from others, a dict, without those named by `varying`.
 
     Of what it is made of, the fingerprints count, not the paths. Left out are also the incidental
-    settings, and what its method does not use: adv at two values of alpha is one and the same.
+    settings, mixout and the weights of terms where its method has none: adv at two values of alpha
+    is one and the same.
     """
     weights = {weight for terms in rift.METHODS.values() for weight in terms.values()}
     unused = weights - set(rift.METHODS[s.method].values())             # such as {"alpha"}
@@ -711,8 +715,8 @@ def report(groups, args):
 
 def csv_of(evaluations, names):
     """The original and adversarial texts as CSV, a str: every text of every run and attack. Those
-    that were wrong before (`correct` is False) were not attacked; of these, what was found is
-    empty."""
+    that were wrong before (`correct` is False) were not attacked: of these, `success`, `queries`
+    and the like are empty."""
     file = io.StringIO(newline="")
     rows = csv.DictWriter(file, ["run", *LINE_KEYS, "correct"], extrasaction="ignore")
     rows.writeheader()
@@ -739,6 +743,9 @@ def tradeoffs(group, names):
         points = by_beta.setdefault(curve, {})
         for x in runs:
             points.setdefault(x.run.beta, []).append(x)
+    references = [curve for curve in by_beta if curve.split()[0] == "adv"]
+    if len(references) > 1:
+        yield f"\nNo gain over adv's curve, because adv has several: {', '.join(references)}"
     adv = by_beta.pop("adv", {})
     by_beta = {curve: points for curve, points in by_beta.items() if len(points) > 1}
     if len(adv) < 2:
@@ -1037,9 +1044,9 @@ def check_first(args):
             importlib.import_module("matplotlib.figure")
         except ImportError:
             raise InputError("--plot needs matplotlib: pip install matplotlib") from None
-        if args.plot_attack not in args.attacks:        # then an earlier command has made it
-            for folder in args.runs:
-                read_finished(folder, args.plot_attack, args.split)
+        if args.attacks and args.plot_attack not in (*args.attacks, "hull"):
+            raise InputError(f"--plot-attack {args.plot_attack}: name it among --attacks as well "
+                             "(what is finished is not attacked again)")
     for path in filter(None, (args.csv, args.plot)):
         if not path.parent.is_dir() or path.is_dir():
             raise InputError(f"{path}: wanted the name of a file in a folder that is there")
@@ -1080,8 +1087,10 @@ def main(argv):
                 groups[key].append(evaluate(folder, plans[key], args))
         except KeyboardInterrupt:
             again = shlex.join(word for word in argv if word != "--overwrite")
-            raise KeyboardInterrupt("finished texts are kept, and this goes on: python eval.py "
-                                    + again) from None
+            later = args.overwrite and folder != args.runs[-1]
+            raise KeyboardInterrupt(
+                "finished texts are kept, and this goes on: python eval.py " + again
+                + f" (but the runs after {folder} still need --overwrite)" * later) from None
         report(list(groups.values()), args)
     if args.plot:
         plot(args.runs, args.plot, args.plot_attack, args.split)

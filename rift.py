@@ -168,8 +168,8 @@ def hull(encoder, input_ids, subs, subs_mask):
     e = embed(encoder, input_ids)                                               # (B, L, H)
     free = subs_mask.sum(-1) > 1                                                # (B, L)
     l = torch.arange(L, device=input_ids.device).expand(B, L)[free]             # (P,)
-    # Texts share candidates: each (token, position) pair of the batch is embedded once, and with
-    # dropout on has one mask.
+    # Texts share candidates: each (candidate, position) pair of the batch is embedded once, and
+    # with dropout on has one mask. (The text's own e has another.)
     pairs = subs[free] * L + l.unsqueeze(-1)                                    # (P, K)
     pairs, where = torch.unique(pairs, return_inverse=True)                     # (M,), (P, K)
     positions = position_ids(encoder, L)[:, pairs % L]                          # (1, M)
@@ -215,7 +215,7 @@ def noise(shape, max_len, generator=None):
 
 def adversary(encoder, head, input_ids, attention_mask, subs, subs_mask, v, y=None, *,
               pooling="pooler", steps=10, lr=1.0, weight_decay=2e-5, sparsity=15.0):
-    """The mixing weights w, from which the caller makes x^ = mix(e, E, free, w[free]).
+    """The mixing weights w of the worst point of the hull, x^ = mix(e, E, free, w[free]).
 
         max over v of   gain(x^(v)) - sparsity * sum_l H(w_l) / (300 * 128),   by Adam's ascent
 
@@ -522,10 +522,10 @@ def ptwd(o):
 
 
 # method: {term: its weight, a number or the name of a setting}. What is not listed is not computed.
-# To add a method, write its new terms above and its line here. One that changes the model itself is
-# also named where train.run makes the model; if it changes the model's parts, as rift-marginal
-# does, also in eval.load_run (adv-mixout acts in training only). With a term besides ce and ptwd a
-# method is given x^, and its epoch is chosen by dev_hull, see `rule` in train.train.
+# To add a method, write its new terms above and its line here. If it computes with other weights in
+# training, as adv-mixout does, train.run has to tell the model so; if it has other parts, as
+# rift-marginal has, eval.load_run too. With a term besides ce and ptwd a method is given x^, and
+# its epoch is chosen by dev_hull, see `rule` in train.train.
 METHODS = {
     "standard": {ce: 1},
     "adv": {ce: 1, kl: "beta"},                             # L_task

@@ -85,7 +85,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
     """
     rank, world = processes()
     with_x_hat = rift.has_adversary(s.method)
-    # what chooses the epoch, see measure(): the first of these, of equals the second
+    # kept is the epoch with the highest first of these on dev, on a tie with the highest second
     rule = ["dev_hull", "dev_clean"] if with_x_hat else ["dev_clean"]
     victim = eval.Victim(model, vocabulary, s.eval_batch_size)
     texts = [vocabulary.visible(x.words) for x in task.train]
@@ -106,7 +106,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
             group["lr"] = s.lr * s.schedule[min(epoch, len(s.schedule)) - 1]
         rng = np.random.default_rng([s.seed, epoch])
         batches = data.balanced_batches(y, lengths, s.batch_size, rng)
-        # a last batch that is too small to share is left out; if all are too small, share() raises
+        # a batch that is too small to share is left out; if all are, share() raises
         batches = [rows for rows in batches if len(rows) >= len(task.labels) * world] or batches
         start, sums = time.monotonic(), Counter()               # Counter.update adds
         model.train()
@@ -137,7 +137,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
         line |= measure(model, victim, task, s, T, T_dev)
         log.append(line)
         score = [line[key] for key in rule]
-        if best is None or score >= best["score"]:          # if all are equal, the later epoch
+        if best is None or score >= best["score"]:          # on a tie of all, the later epoch
             best = {"epoch": epoch, "score": score}
         if rank == 0:
             check_alone(folder, started)
@@ -160,8 +160,8 @@ def slices(y, size):
     """The rows of a batch in slices of about `size` texts, each for a backward pass of its own.
 
     y: (B,) int64, every class equally often; size: None for the whole batch at once. The gradients
-    of the slices, weighted by their sizes, add up to the batch's; but L_info compares the texts of
-    one slice, so that its N is the slice's. The slices are equal to within a text of each class,
+    of the slices, weighted by their sizes, add up to the batch's; but L_info compares only the
+    texts of one slice of every process. The slices are equal to within a text of each class,
     and no larger than `size` unless they would have fewer than 2 of each class: the L_info of a
     single text is 0. Returns a list of int arrays.
     """
@@ -207,9 +207,9 @@ def held_out_info(model, S_attacked, T, y, N):
     """{"dev_info": L_info of held-out texts, "info_n": how many it compares}.
 
     S_attacked, T: (n, H), features of the texts that eval.hull_attack found, and of the clean ones;
-    y: (n,); N: texts of a class in a group, as many as in a (micro-)batch, or fewer if there are
-    not so many. log(info_n) - dev_info is the bound on I(S;T|Y), with a marginal model on I(S;T).
-    On training pairs it would say nothing: g and h learn them by heart.
+    y: (n,); N: texts of a class in a group, as many as there can be in a (micro-)batch, or fewer if
+    there are not so many. log(info_n) - dev_info is the bound on I(S;T|Y), with a marginal model on
+    I(S;T). On training pairs it would say nothing: g and h learn them by heart.
     """
     by_class = [(y == c).nonzero().squeeze(1) for c in y.unique()]
     fewest = min(map(len, by_class))
@@ -354,7 +354,8 @@ def check_alone(folder, started):
 # and computes its own x^. rift.info compares the texts of all; the gradients are averaged, so that
 # all take the same step. Each measures all of dev itself, so nothing is exchanged for that. The
 # first one reads the data and fills the caches before the others read them; it alone writes files
-# and measures test. The folder --out has to be one that all of them see. eval.py is one process.
+# and measures test. All have the same first weights by the seed, and each computes the teacher's
+# features of all texts. The folder --out has to be one that all see. eval.py is one process.
 
 
 def processes():

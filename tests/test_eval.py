@@ -320,6 +320,8 @@ def test_several_betas_are_compared_along_the_trade_off(capsys, few_draws):
     assert "beta 6, beyond the ends of adv's curve: +0.300 [" in beyond and "]*" not in beyond
     starred, = [x for x in report(capsys, *runs[1:]).splitlines() if x.startswith("rift against")]
     assert starred.endswith("]*")                               # adv has one run with beta 2
+    twice = [evaluation(0.9, 0.1, beta=beta, lr=lr) for beta in (2, 5) for lr in (1, 2)]
+    assert "adv has several: adv lr 1, adv lr 2\n" in report(capsys, *twice, *more)
 
 
 # ---- Evaluations ---------------------------------------------------------------------------------
@@ -408,7 +410,7 @@ def test_a_text_that_another_batch_makes_wrong_is_not_robust(run, monkeypatch):
 
 
 @pytest.mark.parametrize("attack", [["pwws", "genetic"], ["hull"]])
-def test_an_interrupted_evaluation_ends_like_one_that_was_not(run, attack, capsys):
+def test_an_interrupted_evaluation_ends_like_one_that_was_not(run, runs, attack, capsys):
     """Killed after any byte of attacks.jsonl, and stopped once more: the same table and files.
     Ctrl-C keeps the finished texts and says how to go on."""
     command = [run, *BOTH, "--attacks", *attack, "--num-examples", 12]
@@ -430,6 +432,9 @@ def test_an_interrupted_evaluation_ends_like_one_that_was_not(run, attack, capsy
     assert capsys.readouterr().err.splitlines()[-1] == (
         "eval.py: stopped; finished texts are kept, and this goes on: python eval.py "
         f"{' '.join(map(str, command))} --device cpu")
+    with stopping(2), pytest.raises(SystemExit):
+        evaluate(run, runs["texts"] / "adv", *command[1:], "--overwrite")
+    assert capsys.readouterr().err.endswith(f" (but the runs after {run} still need --overwrite)\n")
 
 
 def test_more_examples_and_attacks_go_on_from_the_finished_ones(run):

@@ -267,6 +267,7 @@ BAD_EVAL = [
     ({}, "--attacks genetic --lm-constraint bert", "lm-constraint bert: neither none, scores nor"),
     ({}, "--plot figure.docx", "figure.docx: Format 'docx' is not supported"),
     ({}, "--plot x.png --plot-attack genetic", "on test was without genetic: first run eval.py"),
+    ({}, "--attacks pwws --plot x.png --plot-attack genetic", "name it among --attacks as well"),
     ({RUN: None}, "", f"{RUN}: not a run of train.py, it has no config.json"),
     ({CONFIG: "{}"}, "", f"{CONFIG}: is not that of a run of train.py"),
     ({CONFIG: changed("settings", max_len=512)}, "", "positions for 34 tokens, --max-len is 512"),

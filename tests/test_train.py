@@ -374,9 +374,10 @@ def test_settings_of_words_and_precision_reach_training_and_loading(task, bert, 
     monkeypatch.setattr(rift, "parameters_in", lambda encoder, dtype: (
         dtypes.add(dtype) or parameters_in(encoder, dtype)))
     train.main(command(task, bert, tmp_path / "runs", "--method adv --epochs 1 "
-                       "--unknown-words unk --candidates 2 --precision bf16"))
+                       "--unknown-words unk --candidates 2 --precision bf16 --tau 0.3"))
     victim = eval.load_run(tmp_path / "runs" / "adv", "cpu")
     assert len(made) == 2 and dtypes == {torch.bfloat16} and victim.model.dtype == torch.bfloat16
+    assert victim.model.tau == 0.3
     for words in made:
         assert words.token("unheard") == words.unk and len(words.candidates("good")) == 2
 
@@ -567,8 +568,8 @@ def test_an_older_command_notices_that_another_one_has_taken_its_folder(task, be
 def test_parts_that_share_their_parameters_are_saved_and_loaded(task, bert, tmp_path, capsys,
                                                                 monkeypatch):
     class Shared(rift.RIFT):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more)
             self.h = self.g
 
     monkeypatch.setattr(rift, "RIFT", Shared)
