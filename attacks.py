@@ -136,8 +136,9 @@ def exhaustive(words, y, synonyms, rng=None):
     """Every combination of swaps, those of fewer words first; `rng` is not used.
 
     So a success changes as few words as any attack can, and a text that survives without being
-    stopped by max_queries cannot be fooled at all. Word i, with k_i synonyms, makes the number of
-    texts (1 + k_i) times as large.
+    stopped by max_queries cannot be fooled at all (unless the victim's answer for a text depends on
+    the batch, as in bf16). Word i, with k_i synonyms, makes the number of texts (1 + k_i) times as
+    large.
     """
     positions = positions_of(words, synonyms)
     swapped = (text for n in range(1, len(positions) + 1)

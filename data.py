@@ -640,8 +640,7 @@ CLOSED_CLASS = set("""
 def find_neighbors(source="published", data_dir=None):
     """The Path of a substitution table, or "wordnet"; what is not there is fetched.
 
-    source: as for load_neighbors. If data_dir is given, a file is looked for there and in the cache
-    first, then as it is named.
+    source: as for load_neighbors. A file is looked for in data_dir first, then as it is named.
     """
     if source == "wordnet":
         prepare_nltk(data_dir, wordnet=True)
@@ -653,7 +652,8 @@ def find_neighbors(source="published", data_dir=None):
         raise InputError(f"{path}: wanted published, vectors, wordnet, a neighbour table .json, or "
                          "a vector file .txt or .zip")
     if data_dir:
-        path = [*find(data_dir, path), path][0]
+        inside = Path(os.path.expanduser(data_dir)).absolute() / path
+        path = inside if inside in find(data_dir, path) else path   # not the cache's of this name
     with reading(path):
         path.open("rb").close()
     return path

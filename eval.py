@@ -116,8 +116,8 @@ class Victim:
         return self.probabilities(self.features([self.words(text) for text in texts]))
 
     def key(self, text):
-        """What the model sees of a text: its token ids, as bytes. An attack sends equal keys only
-        once."""
+        """What the model sees of a text: its token ids, as bytes. An attack sends only one of an
+        example's texts with the same key."""
         return np.array(self.vocabulary.input_ids(self.words(text)), np.int32).tobytes()
 
     def visible(self, text):
@@ -439,11 +439,11 @@ def evaluate(folder, plan, args):
     """The Evaluation of one run: clean accuracy and every attack asked for, on the chosen texts.
 
     Writes attacks.jsonl and eval.json. For the test split metrics.json then has the same attacks
-    (but hull) as eval.json, and no older ones. Each line of attacks.jsonl carries a
-    fingerprint of the settings and weights that it was made with. If it is that of this command,
-    the line is used again; otherwise it stays in the file, for a command with those settings.
-    eval.json has an attack once, with its latest settings. One that is not asked for today stays
-    there, see conditions(), if its lines cover all the texts.
+    (but hull) as eval.json, and no older ones. Each line of attacks.jsonl carries a fingerprint of
+    the settings and weights that it was made with. If it is that of this command, the line is used
+    again; otherwise it stays in the file, for a command with those settings. eval.json has an
+    attack once, with its latest settings. One that is not asked for today stays there, see
+    conditions(), if its lines cover all the texts.
     """
     s, config = settings_of(folder)
     table = None

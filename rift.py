@@ -308,8 +308,7 @@ def gather(x):
     L_info compares the texts of all processes. Each process computes all of it, but its gradient
     reaches only the process's own texts. Later train.average takes the mean of the gradients, which
     divides by the number of processes; so here the gradient of x, not its value, is multiplied by
-    that number.
-    A single process gets x back.
+    that number. A single process gets x back.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x

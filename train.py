@@ -343,8 +343,7 @@ def identity(folder):
 
 
 def check_alone(folder, started):
-    """Raises InputError if another train.py has started in the folder since: its identity() is not
-    `started` any more."""
+    """Raises InputError if the folder's identity() is not `started`: another train.py is in it."""
     if identity(folder) != started:
         raise InputError(f"{folder}: another train.py has started in it meanwhile; this one stops")
 
