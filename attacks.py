@@ -483,7 +483,8 @@ class CausalLM:
     def __init__(self, name_or_dir, device="cpu", batch_size=64):
         self.tokenizer = AutoTokenizer.from_pretrained(name_or_dir, trust_remote_code=False)
         if self.tokenizer.mask_token is not None:   # its head would be loaded with random weights
-            raise ValueError(f"{name_or_dir}: is a masked language model, expected a causal one")
+            raise ValueError(f"{name_or_dir}: its tokenizer has a mask token, as those of masked "
+                             "language models: expected a causal one")
         model = AutoModelForCausalLM.from_pretrained(name_or_dir, use_safetensors=True,
                                                      trust_remote_code=False)
         self.model = model.float().to(device).eval()

@@ -758,7 +758,7 @@ def read_vectors(path, wanted):
     """{word: (dim,) float64 array} of the wanted words.
 
     path: a .txt with lines `word number number ..`, or a .zip with one such file. Lines of other
-    words are checked too.
+    words are checked too. A first line of two whole numbers, as word2vec's files have, is skipped.
     """
     folder = unpack(path)
     files = [path] if folder == path else list(folder.rglob("[!.]*.txt"))
@@ -767,6 +767,8 @@ def read_vectors(path, wanted):
     vectors, dim = {}, None
     for number, line in enumerate(text_of(files[0]).removesuffix("\n").split("\n"), 1):
         word, *fields = line.rstrip().split(" ")
+        if number == 1 and len(fields) == 1 and word.isdecimal() and fields[0].isdecimal():
+            continue
         try:
             row = list(map(float, fields))
         except ValueError:

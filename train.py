@@ -319,8 +319,9 @@ def open_folder(folder, config):
             was = then.get(other[0])
             if other[0] in eval.INCIDENTAL:             # a path, perhaps the same as now
                 was = f"{was}, whose content was another one"
-            raise InputError(f"{folder}: --resume with {other[0]} {now[other[0]]}, but the run was "
-                             f"started with {was}")
+            # also without --resume, if another train.py has started a run here just now
+            raise InputError(f"{folder}: the run in it was started with {other[0]} {was}, and goes "
+                             f"on with the same only, not {now[other[0]]}")
         config = before
     else:
         for name in FILES:
@@ -552,8 +553,9 @@ def parse(argv):
     flag("--data-dir", metavar="DIR", help="where archives, tables and NLTK data are looked for "
          "first; None: the cache")
     flag("--neighbors", metavar="TABLE", help="substitution table: published (Jia et al.'s, which "
-         "the paper uses), vectors (computed from the counter-fitted ones), wordnet, or a file: a "
-         "table .json, vectors .txt or .zip; the toy has its own")
+         "the paper uses), vectors (computed from the counter-fitted ones), wordnet, or a file: "
+         "vectors .txt or .zip, or a table .json, {word: [synonym, ..]} of single lower-case words; "
+         "the toy has its own")
     flag("--train-size", type=positive, metavar="N",
          help="training texts to use, equally many of each class; None: all")
     flag("--dev-size", type=positive, metavar="N", help="dev texts, which choose the epoch; None: "
@@ -604,7 +606,8 @@ def parse(argv):
     flag("--overwrite", action="store_true", help="replace runs that are there (the toy "
          "task in runs/toy does so unless --resume is given)")
     # the task first: the defaults depend on it, also those that --help shows
-    named = argparse.ArgumentParser(add_help=False)
+    named = argparse.ArgumentParser(prog="train.py", usage=argparse.SUPPRESS, add_help=False,
+                                    allow_abbrev=False)
     named.add_argument("--task", default="toy")
     task = named.parse_known_args(argv)[0].task
     p.set_defaults(**TASKS.get(task, TASKS["imdb"]))
@@ -612,7 +615,7 @@ def parse(argv):
     if task not in TASKS and not Path(task).is_dir():
         raise InputError(f"--task {task}: no such folder, and not toy, imdb or snli")
     if task not in TASKS:                               # ./imdb is a folder, whatever its name
-        args.task = str(Path(task).resolve())
+        args.task = os.path.abspath(task)               # a link keeps its own name
     elif Path(task).is_dir():
         print(f"--task {task} is the public task; the folder here is --task ./{task}",
               file=sys.stderr)
@@ -622,7 +625,9 @@ def parse(argv):
         raise InputError("--resume and --overwrite: only one of them")
     args.method, args.seeds = list(dict.fromkeys(args.method)), list(dict.fromkeys(args.seeds))
     args.overwrite |= task == "toy" and args.out is None and not args.resume
-    args.out = args.out or Path("runs") / Path(args.task).name
+    args.out = (args.out or Path("runs") / Path(args.task).name).expanduser()
+    if args.data_dir:                                   # eval.py may be started in another folder
+        args.data_dir = os.path.abspath(Path(args.data_dir).expanduser())
     if args.schedule is None:
         n = min(args.epochs // 3, 2)                    # warm-up: at most a third of the epochs
         args.schedule = [0.1, 0.55][2 - n:] + [1.0]
@@ -651,7 +656,8 @@ def check(s, task, table, methods):
     changeable = any(any(data.substitutes(x.words[-1], table)) for x in task.train)
     if not changeable and any(map(rift.has_adversary, methods)):
         raise InputError(f"--neighbors {s.neighbors}: has no synonym for any word of the training "
-                         "texts")
+                         "texts (a table's keys are single lower-case words, neighbours of vectors "
+                         "lie within a squared distance of 0.5)")
     if s.batch_size < 2 * C:                            # before the teacher reads all texts
         raise InputError(f"--batch-size {s.batch_size}: wanted at least {2 * C}, two texts of each "
                          f"of {C} classes")

@@ -530,7 +530,8 @@ def test_vector_neighbours_are_near_frequent_and_in_order(tmp_path):
     counts = Counter({f"w{i}": 5000 - i // 5 for i in range(2498, -1, -2)} | {"no-vector": 9999})
     lines = "".join(f"{word} {' '.join(map(str, row))}\n" for word, row in vectors.items())
     (tmp_path / "v.txt").write_text(lines)
-    (tmp_path / "v.zip").write_bytes(zipped({"v.txt": lines, "__MACOSX/._v.txt": b"\xff"}))
+    files = {"v.txt": "2500 4\n" + lines, "__MACOSX/._v.txt": b"\xff"}
+    (tmp_path / "v.zip").write_bytes(zipped(files))
     kept = sorted(counts, key=lambda word: (-counts[word], word))[1:1202]
     X = np.stack([vectors[word] for word in kept])
     table = data.vector_neighbors(tmp_path / "v.txt", counts, 5, 0.105, vocabulary=1202, skip=11)
@@ -538,7 +539,7 @@ def test_vector_neighbours_are_near_frequent_and_in_order(tmp_path):
         d = ((X - X[i]) ** 2).sum(1).round(9)
         near = [kept[j] for j in np.argsort(d, kind="stable") if d[j] < 0.105 and j != i]
         assert table.get(word, []) == (near[:5] if i >= 11 else [])
-    for _ in range(2):  # the .zip, and the paper's numbers
+    for _ in range(2):  # the .zip, which has word2vec's first line, and the paper's numbers
         again = data.load_neighbors(tmp_path / "v.zip", words=counts)
         assert again == data.vector_neighbors(tmp_path / "v.txt", counts, 8, 0.5, 50_000, 27)
 

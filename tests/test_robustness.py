@@ -251,7 +251,7 @@ BEFORE_TEXTS_ARE_READ = [
 BAD_TRAIN = [
     ({}, "--dev-size 2", "--dev-size: dev has 2 texts, wanted at least 4"),
     ({"mine/aclImdb/x": ""}, "--task imdb --data-dir mine", "holds no aclImdb/train/neg/*.txt"),
-    ({}, "--method standard --resume", "--resume with epochs 2, but the run was started with 1"),
+    ({}, "--method standard --resume", "was started with epochs 1, and goes on with the same only"),
     ({f"task/{split}.tsv": GOOD + "so\ta film\n" * 9 for split in ("train", "dev", "test")},
      "--batch-size 5", "--batch-size 5: wanted at least 6, two texts of each of 3 classes"),
     ({"task/neighbors.json": "{}"}, "", "task/neighbors.json: has no synonym for any word of the"),
@@ -421,11 +421,13 @@ def test_odd_texts_train_evaluate_and_are_attacked(model_folder, tmp_path, monke
     """Reviews are read by BERT, pairs by RoBERTa."""
     monkeypatch.chdir(tmp_path)
     write_odd(Path("data"))
-    task, run = {"bert": "imdb", "roberta": "snli"}[model_folder.name], Path("runs/rift")
+    task = {"bert": "imdb", "roberta": "snli"}[model_folder.name]
     odd_table = TABLE | {"good": ["</s>", "[sep]", "great", "😀"], "...": ["?!"]}
     data.write_json(Path("table.json"), odd_table)
     more = f"--task {task} --data-dir data --model {model_folder} --neighbors table.json --epochs 1"
     train.main([*TRAIN, *more.split(), "--batch-size", "9"])
+    run = Path("runs/rift").absolute()
+    monkeypatch.chdir(model_folder)                 # from another folder it finds its data as well
     eval.main([str(run), *"--attacks pwws genetic hull --lm-constraint none --population 2 "
                "--generations 2".split()])
     attacked = {line["attack"] for line in data.read_lines(run / "attacks.jsonl")}

@@ -526,7 +526,7 @@ def test_a_run_is_told_by_what_it_is_made_of_not_by_paths(task, bert, tmp_path, 
     train.main(moved)
     assert "runs/standard: finished already" in capsys.readouterr().err
     data.write_json(other[0] / "neighbors.json", {"good": ["great"]})
-    assert "runs/standard: --resume with neighbors " in stopped(capsys, moved, 2)
+    assert "runs/standard: the run in it was started with neighbors " in stopped(capsys, moved, 2)
 
 
 def test_seeds_are_one_method_also_where_the_pooler_was_never_trained(task, tmp_path):
