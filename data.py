@@ -133,10 +133,11 @@ def json_object(text):
 
 
 def check_writable(folder):
-    """Raises InputError unless a file can be written in a folder; leaves no file behind."""
-    new = not folder.exists()
-    write_atomically(folder / ".writable", "")
-    remove(folder if new else folder / ".writable")
+    """Raises InputError unless a file can be written in a folder, or there where it will be made."""
+    with writing(folder):
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        (there / ".writable").write_bytes(b"")
+        (there / ".writable").unlink(missing_ok=True)
 
 
 def read_json(path):

@@ -249,7 +249,7 @@ BEFORE_TEXTS_ARE_READ = [
     ({"bert/tokenizer.json": None, "bert/vocab.txt": None}, "", "its tokenizer knows none of the"),
 ]
 BAD_TRAIN = [
-    ({}, "--dev-size 2", "--dev-size: dev has 2 texts, wanted at least 4"),
+    ({}, "--dev-size 2 --out new/runs", "--dev-size: dev has 2 texts, wanted at least 4"),
     ({"mine/aclImdb/x": ""}, "--task imdb --data-dir mine", "holds no aclImdb/train/neg/*.txt"),
     ({}, "--method standard --resume", "was started with epochs 1, and goes on with the same only"),
     ({f"task/{split}.tsv": GOOD + "so\ta film\n" * 9 for split in ("train", "dev", "test")},
@@ -330,6 +330,7 @@ def test_bad_input_to_training_is_one_line_before_the_teacher_reads(
     monkeypatch.setattr(eval.Victim, "features", lambda *_, **__: pytest.fail("texts were read"))
     prepare(files)
     assert message in refused(capsys, train.main, [*TRAIN, *arguments.split()])
+    assert not Path("new").exists()                             # no empty folder is left
 
 
 @each_of(BAD_EVAL)
