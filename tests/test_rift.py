@@ -128,7 +128,8 @@ def test_what_features_cannot_do_is_refused(encoder):
 
 
 def test_bf16_rounds_the_encoder_but_not_the_losses(encoder):
-    """With weights in bf16 the losses come out in float32, within 2% of those without."""
+    """With weights in bf16 the losses come out in float32, within 2% of those without. The
+    embeddings stay in float32."""
     model, batch, T = rift.RIFT(encoder, 2).eval(), example(encoder), torch.randn(4, 16)
     w = rift.weights(start(batch), batch["subs_mask"])
 
@@ -144,6 +145,9 @@ def test_bf16_rounds_the_encoder_but_not_the_losses(encoder):
     rounded["loss"].backward()                                      # the weights themselves learn
     query = encoder.encoder.layer[0].attention.self.query.weight
     assert query.dtype == query.grad.dtype == torch.float32 and query.grad.abs().sum() > 0
+    theta = rift.parameters_in(encoder, torch.bfloat16)
+    dtypes = {p.dtype for name, p in theta.items() if name.startswith("embeddings.")}
+    assert dtypes == {torch.float32}
 
 
 # ---- The hull and the adversary in it ------------------------------------------------------------
@@ -372,7 +376,8 @@ def test_mixout_is_unbiased_and_reaches_linear_layers_only(encoder):
 
 def test_the_teacher_is_frozen_and_never_drops_out(encoder):
     """A copy of the encoder (RoBERTa's random pooler too), in eval mode, without gradients. All
-    else learns, and each class has projections of its own: two layers, weight and bias."""
+    else learns, and each class has projections of its own: two layers, weight and bias. The encoder
+    does drop out, on clean texts and in the hull."""
     model, batch = rift.RIFT(encoder, 2).train(), example(encoder)
     assert len({*model.g.parameters(), *model.h.parameters()}) == 2 * 2 * 4
     assert model.encoder.training and not any(m.training for m in model.teacher.modules())
@@ -382,6 +387,13 @@ def test_the_teacher_is_frozen_and_never_drops_out(encoder):
     assert all(p.grad is None for p in model.teacher.parameters())
     for part in (model.encoder, model.head, model.g, model.h):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
+    for part in ("embeddings.dropout", "encoder.layer.0.output.dropout"):
+        for name, module in encoder.named_modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.5 * (name == part)
+        one, two = (forward(model, batch, search(encoder, model.head, batch)) for _ in range(2))
+        assert not torch.allclose(one.clean, two.clean, atol=1e-3)
+        assert not torch.allclose(one.S_hat, two.S_hat, atol=1e-3)
 
 
 @pytest.mark.parametrize("method, right", [
@@ -424,7 +436,8 @@ def retained(S, T, y, n):
 
 
 def test_retained_is_what_can_be_read_off_linearly_within_classes():
-    """1 for a copy, 1/2 for half of the variance, about 0 for the label alone or another order."""
+    """1 for a copy, 1/2 for half of the variance, about 0 for the label alone or another order.
+    The class means are those of the training texts, for dev texts elsewhere too."""
     y = torch.arange(600) % 3
     T = torch.randn(600, 32, generator=seeded(0)) + 5 * y[:, None]
     mixing = torch.randn(32, 32, generator=seeded(1))
@@ -433,6 +446,7 @@ def test_retained_is_what_can_be_read_off_linearly_within_classes():
     assert retained(T[:, :16] @ mixing[:16], T, y, 400) == pytest.approx(0.5, abs=0.05)
     for S in (F.one_hot(y, 32) + 0.1 * noise, T[torch.randperm(600, generator=seeded(3))], noise):
         assert -0.1 < retained(S, T, y, 400) < 0.03
+    assert rift.retained(T[:400], T[:400], y[:400], T[400:], T[400:] + 5, y[400:]) < 0.1
 
 
 def test_retained_does_not_believe_a_regression_on_few_texts():
