@@ -179,7 +179,8 @@ def test_nothing_to_substitute_survives_and_is_warned_of_once(text, visible, rea
 def test_pwws_follows_its_pseudo_code_and_asks_for_nothing_more(drops, applied):
     """P(y) = 0.875 - the drops of the words, in exact binary fractions; B: of a blank instead of b.
 
-    It asks for the original, every blank, every candidate, and each text on its way."""
+    It asks for the original, every blank, every candidate, and each text on its way, until another
+    class is predicted: with three classes that is not where P(y) falls below 1/2."""
     words, text = tuple("abcd"), list("abcd")
     synonyms = [[word for word in drops if word[0] == letter] for letter in words]
     rounds = [[words], [words[:i] + ("?",) + words[i + 1:] for i in range(4)],
@@ -195,6 +196,14 @@ def test_pwws_follows_its_pseudo_code_and_asks_for_nothing_more(drops, applied):
 
     found, asked = drive(pwws(words, 1, synonyms, unknown="?"), probabilities)
     assert [texts for texts, _ in asked] == rounds and found == tuple(text)
+
+    def of_three(words):                            # y is predicted until P(y) is below 1/3
+        other, p = probabilities(words)
+        return [other / 2, p, other / 2]
+
+    _, asked = drive(pwws(words, 1, synonyms, unknown="?"), of_three)
+    right = [P[0].argmax() == 1 for _, P in asked[3:]]
+    assert all(right[:-1]) and (not right[-1] or len(right) == sum(map(bool, synonyms)))
 
 
 # ---- The genetic attack --------------------------------------------------------------------------
@@ -270,7 +279,7 @@ def test_parents_are_drawn_by_their_fitness_and_a_fair_coin_picks_each_word():
     assert np.allclose(drawn.p, weight / weight.sum()) and len(set(np.round(weight, 6))) > 5
     for (a, b), coins, pair in zip(drawn.parents, drawn.coins, zip(mutants[::2], mutants[1::2])):
         parents = texts[better[a]], texts[better[b]]
-        child = [v if coin < 0.5 else w for v, w, coin in zip(*parents, coins)]
+        child = [v if coin < 0.5 else w for v, w, coin in zip(*parents, coins, strict=True)]
         assert sum(len({*each}) > 1 for each in zip(*pair)) == 1        # where it is perturbed
         assert all(word in each for word, *each in zip(child, *pair))
 
@@ -502,6 +511,7 @@ def test_published_scores_constrain_like_a_model(tmp_path):
     synonyms = [["the"], ["fine", "great", "nice", "unheard"], [], []]
     assert scores_constraint(words, synonyms, of_good) == [[], ["great"], [], []]
     assert scores_constraint(words, synonyms, of_good, -6)[1] == ["fine", "great"]
+    assert scores_constraint(words, synonyms, of_good, -5.5)[1] == ["fine", "great"]
     assert scores_constraint(["bad"], [["awful"]], scores["bad"]) == [[]]  # -inf against -inf
     assert read_lm_scores(file, sentences={"bad"}).keys() == {"bad"}
 
