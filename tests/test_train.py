@@ -115,7 +115,7 @@ def plain_step(model, adamw, batch, y, v, s):
 
     x = F.one_hot(torch.zeros_like(ids), K).float()                                 # (B, L, K)
     v, clean = v.clone().requires_grad_(), model.head(S(x)).detach()
-    adam = torch.optim.Adam([v], lr=1.0, weight_decay=2e-5)
+    adam = torch.optim.Adam([v], lr=s.adv_lr, weight_decay=s.adv_weight_decay)
     for _ in range(s.adv_steps):
         w = torch.softmax(torch.where(subs_mask, v, -500.0), -1)
         entropy = -(w * (w + 1e-30).log()).sum()
@@ -148,7 +148,8 @@ def test_a_step_is_the_plain_formulation(plain_words, model_folder, tmp_path, me
     model_folder = without_dropout(model_folder, tmp_path / "model")
     arguments = command(task, model_folder, tmp_path / "runs", (
         f"--method {method} --pooling {pooling} --batch-size {4 * len(labels)} --epochs 1 "
-        "--beta 30 --alpha 2 --tau 0.5 --adv-steps 4 --weight-decay 1 --seeds 3"))
+        "--beta 30 --alpha 2 --tau 0.5 --adv-steps 4 --weight-decay 1 --seeds 3 "
+        "--adv-lr 0.5 --adv-weight-decay 0.1 --sparsity 200"))
     train.main(arguments)
 
     s = SimpleNamespace(**vars(train.parse(arguments)[1]), method=method)
@@ -194,14 +195,18 @@ def test_methods_without_their_weight_are_adv(task, bert, tmp_path):
 
 
 def test_each_step_has_dropout_and_noise_of_its_own(task, bert, tmp_path, monkeypatch):
-    """In training mode; every step, epoch, seed and process has its own seed for both."""
+    """In training mode; every step, epoch, seed and process has its own seed for both. The batches
+    are those of the epoch and the seed, for every process."""
     seeds, modes, objective = [], [], rift.objective
+    drawn, batches = [], data.balanced_batches
 
     def seen(o, *more):
         seeds.append(torch.initial_seed())
         modes.append(o.model.encoder.training)
         return objective(o, *more)
 
+    monkeypatch.setattr(data, "balanced_batches",
+                        lambda *args: drawn.append(batches(*args)) or drawn[-1])
     monkeypatch.setattr(rift, "objective", seen)
     monkeypatch.setattr(train, "average", lambda model, totals, world: totals)
     monkeypatch.setattr(train.dist, "barrier", lambda: None)
@@ -210,6 +215,7 @@ def test_each_step_has_dropout_and_noise_of_its_own(task, bert, tmp_path, monkey
         train.main(command(task, bert, tmp_path / str(rank), "--method standard --seeds 0 1 "
                            "--batch-size 16"))
     assert all(modes) and len(seeds) == len(set(seeds)) == 2 * 2 * 2 * 2
+    assert len(drawn) == 8 and len({np.concatenate(rows).tobytes() for rows in drawn}) == 4
 
 
 def test_gradients_of_slices_add_up(task, bert, tmp_path):
@@ -530,7 +536,8 @@ def test_a_run_is_told_by_what_it_is_made_of_not_by_paths(task, bert, tmp_path, 
 
 
 def test_seeds_are_one_method_also_where_the_pooler_was_never_trained(task, tmp_path):
-    """It is drawn for each seed, as RoBERTa's is, but is no part of the encoder's fingerprint."""
+    """It is drawn for each seed, as RoBERTa's is, but is no part of the encoder's fingerprint. Each
+    seed's teacher has the pooler of that seed: where nothing is learned, nothing is forgotten."""
     model = save_model(tmp_path / "roberta", "roberta")
     tensors = safetensors.torch.load_file(model / "model.safetensors")
     kept = {name: p for name, p in tensors.items() if not name.startswith("pooler.")}
@@ -541,6 +548,7 @@ def test_seeds_are_one_method_also_where_the_pooler_was_never_trained(task, tmp_
     assert not same_weights(a, b, "encoder.pooler") and same_weights(a, b, "encoder.encoder", 1e-6)
     runs = [SimpleNamespace(run=eval.settings_of(folder)[0]) for folder in (a, b)]
     assert eval.by_settings(runs) == {"standard": runs}
+    assert [log_of(run)[0]["dev_cka"] for run in (a, b)] == pytest.approx([1, 1], abs=1e-3)
 
 
 def test_an_older_command_notices_that_another_one_has_taken_its_folder(task, bert, tmp_path,
