@@ -193,7 +193,8 @@ def test_bootstrap_intervals_cover_the_truth():
 
 
 def test_bootstrap_of_several_runs_is_as_uncertain_as_runs_and_texts():
-    """Runs that agree leave the texts' uncertainty, runs that differ widen it, one says nothing."""
+    """Runs that agree leave the texts' uncertainty, runs that differ widen it, one says nothing.
+    Of R runs R - 1 are drawn: R would understate how much runs differ."""
     rng = np.random.default_rng(0)
     good, bad = rng.random(100) < 0.75, rng.random(100) < 0.25
     texts_only = difference(good, bad)
@@ -203,6 +204,8 @@ def test_bootstrap_of_several_runs_is_as_uncertain_as_runs_and_texts():
     assert high - low > 2 * (texts_only[2] - texts_only[1])
     mixed, both = (good.astype(float) + bad) / 2, [good, bad]
     assert difference(both, bad) == pytest.approx(difference(mixed, bad), abs=1e-9)
+    one_of_four = np.eye(4)[:, :1].repeat(10, 1)                # four draws: up to 3/4
+    assert difference(one_of_four, 0 * one_of_four)[1:] == pytest.approx((0, 2 / 3))
 
 
 def evaluation(clean, robust, method="adv", **settings):
@@ -365,8 +368,8 @@ def test_the_figures_are_a_recount_of_the_lines(runs, kind, capsys):
 
 
 def test_every_run_is_attacked_on_the_same_texts(runs, capsys):
-    """They depend on --seed. No attack asks for more texts than --max-queries; that this stopped
-    it is said beside it."""
+    """They depend on --seed, as does what an attack draws. No attack asks for more texts than
+    --max-queries; that this stopped it is said beside it."""
     folders = [*(runs["texts"] / method for method in METHODS), runs["pairs"] / "rift"]
     command = ["--attacks", "pwws", "exhaustive", "--num-examples", 6, "--max-queries", 10]
     evaluate(*folders, *command, "--seed", 3)
@@ -378,7 +381,10 @@ def test_every_run_is_attacked_on_the_same_texts(runs, capsys):
     first = {line["index"] for line in lines}
     assert len(first) <= 6 and max(line["queries"] for line in lines) == 10
     assert "exhaustive" in {line["attack"] for line in lines if line["stopped"]}
-    evaluate(folders[0], *command, "--seed", 4, "--overwrite")
+    with (mock.patch.object(attacks, "attack", side_effect=attacks.attack) as attack,
+          mock.patch.object(eval, "hull_attack", side_effect=eval.hull_attack) as hull):
+        evaluate(folders[0], *command, "--seed", 4, "--overwrite", "--attacks", "pwws", "hull")
+    assert attack.call_args.kwargs["seed"] == hull.call_args.kwargs["seed"] == 4
     assert {line["index"] for line in lines_of(folders[0])} - first
 
 
@@ -605,6 +611,9 @@ def test_scores_draw_the_texts_and_filter_the_synonyms(run, tmp_path, capsys):
     before = lines_of(run)
     evaluate(run, "--attacks", "pwws", "--lm-constraint", "scores", "--data-dir", tmp_path)
     assert lines_of(run) == before and "genetic" in data.read_json(run / "eval.json")
+    # of the first 8 texts of the shuffle the file knows 7
+    evaluate(run, "--lm-constraint", "scores", "--data-dir", tmp_path, "--num-examples", 8)
+    assert data.read_json(run / "eval.json")["num_examples"] == 8
     evaluate(run, "--attacks", "pwws")                          # of all texts: all of them anew
     assert len({line["made_with"] for line in lines_of(run) if line["attack"] == "pwws"}) == 2
 
@@ -671,6 +680,11 @@ def test_forgetting_is_drawn_over_the_epochs(runs, draw, tmp_path, capsys):
     log = lines_of(runs["texts"] / "adv", "log.jsonl")
     expected = [[line["epoch"], line["params_l2"]] for line in log]
     assert np.allclose(curves(panels[0])["adv"], expected)
+    for ax, key in ((panels[1], "dev_retained"), (panels[2], "dev_cka")):
+        assert np.allclose(curves(ax)["adv"], [[line["epoch"], line[key]] for line in log])
+    bound = [[line["epoch"], np.log(line["info_n"]) - line["dev_info"]]
+             for line in lines_of(runs["texts"] / "rift", "log.jsonl")]
+    assert np.allclose(curves(panels[3])["rift"], bound)
     kept = [data.read_json(runs["texts"] / x / "metrics.json")["best_epoch"] for x in METHODS]
     rings = [x for x in panels[0].collections if type(x).__name__ == "PathCollection"]
     assert kept == [ring.get_offsets()[0][0] for ring in rings]
