@@ -287,6 +287,8 @@ def test_every_apostrophe_inside_a_word_gives_the_words_of_a_contraction(nltk_da
         assert data.words_of(plain.replace("'", mark)) == words
         outside = f"{mark}twas the films{mark} end 5{mark}5"
         assert data.clean(outside) == outside  # a letter before and after, or it is no apostrophe
+    # in lower case nothing tells that a sentence ends at "u.s."
+    assert data.words_of("Made in the U.S. It was bad.") == "made in the u.s . it was bad .".split()
 
 
 def test_pieces_of_contractions_are_not_substituted_but_words_of_that_spelling_are():
@@ -336,7 +338,8 @@ def texts(examples):
 
 @pytest.mark.parametrize("sizes", [{}, dict(dev_size=30), dict(train_size=91, dev_size=50)])
 def test_dev_is_taken_from_train_and_never_overlaps_with_it(tmp_path, plain_words, sizes):
-    """Texts that differ only in case or space are one text. A given dev split takes nothing."""
+    """Texts that differ only in case or space are one text. A given dev split takes nothing.
+    The three splits of the toy task are drawn apart."""
     rows = numbered(a=70, b=90, c=100)
     twice = rows + [(y, text.upper().replace(" ", "  ")) for y, text in rows]
     folder = write_tsv(tmp_path / "own", train=twice, test=rows)
@@ -351,6 +354,9 @@ def test_dev_is_taken_from_train_and_never_overlaps_with_it(tmp_path, plain_word
         assert set(texts(task.train)) | set(texts(task.dev)) == {text for _, text in rows}
     assert all(texts([e])[0].startswith("abc"[e.y]) for e in task.train + task.dev + task.test)
     assert len(data.load_task(write_tsv(folder, dev=rows)).train) == 520
+    toy = data.load_task("toy")
+    assert not set(texts(toy.train)) & set(texts(toy.dev))
+    assert not set(texts(toy.train + toy.dev)) & set(texts(toy.test))
 
 
 def test_the_split_is_the_same_on_every_call_and_depends_on_its_seed_alone(tmp_path, plain_words):
@@ -378,13 +384,19 @@ def test_a_path_is_a_folder_whatever_its_last_name(tmp_path, plain_words, monkey
 
 def test_the_published_table_is_the_default_and_only_a_download_needs_its_checksum(
         tmp_path, cache, monkeypatch):
-    """The toy task has its own table."""
+    """The toy task has its own table. A table is made for the words of the training texts, of
+    WordNet for those of all texts."""
     answer(monkeypatch, Reply(b'{"a": ["b"]}'), Reply(b'{"a": ["b"]}'))
     with pytest.raises(data.InputError, match=f"sha256 .* {cache}/counterfitted_neighbors.json$"):
         data.load_neighbors()
     (tmp_path / "counterfitted_neighbors.json").write_text('{"a": ["c"]}')
     assert data.load_neighbors(data_dir=tmp_path) == {"a": ["c"]}
     assert "film" in data.open_table(SimpleNamespace(task="toy", neighbors=None), None)
+    task = SimpleNamespace(**{x: [data.Example(((x,),), 0)] for x in ("train", "dev", "test")})
+    s = SimpleNamespace(task="own", neighbors="vectors", data_dir=None)
+    monkeypatch.setattr(data, "load_neighbors", lambda source, folder, words: set(words))
+    assert data.open_table(s, task) == {"train"}
+    assert data.open_table(s, task, "wordnet") == {"train", "dev", "test"}
 
 
 def test_a_given_dev_split_pairs_bom_crlf_and_spaces_around_labels_are_read(tmp_path, plain_words):
