@@ -133,7 +133,7 @@ def json_object(text):
 
 
 def check_writable(folder):
-    """Raises InputError unless a file can be written in a folder, or there where it will be made."""
+    """Raises InputError unless a file can be written in a folder, which may be still to be made."""
     with writing(folder):
         there = next(path for path in (folder, *folder.parents) if path.exists())
         (there / ".writable").write_bytes(b"")
