@@ -686,7 +686,11 @@ def read_neighbors(path):
             raise InputError(f"{path}: {word!r} maps to {str(others)[:200]}, wanted a list of "
                              "single lower-case words")
     # the published table also has keys that are not one word of a text: they would never match
-    return {word: others for word, others in items if clean(word).lower().split() == [word]}
+    table = {word: others for word, others in items if clean(word).lower().split() == [word]}
+    if len(table) < len(items):
+        print(f"{path}: {len(items) - len(table):,} of {len(items):,} keys are not one lower-case "
+              "word and are not used", file=sys.stderr)
+    return table
 
 
 def wordnet_neighbors(words):

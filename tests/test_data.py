@@ -383,14 +383,16 @@ def test_a_path_is_a_folder_whatever_its_last_name(tmp_path, plain_words, monkey
 
 
 def test_the_published_table_is_the_default_and_only_a_download_needs_its_checksum(
-        tmp_path, cache, monkeypatch):
+        tmp_path, cache, monkeypatch, capsys):
     """The toy task has its own table. A table is made for the words of the training texts, of
-    WordNet for those of all texts."""
+    WordNet for those of all texts. Keys that no word of a text can be are left out."""
     answer(monkeypatch, Reply(b'{"a": ["b"]}'), Reply(b'{"a": ["b"]}'))
     with pytest.raises(data.InputError, match=f"sha256 .* {cache}/counterfitted_neighbors.json$"):
         data.load_neighbors()
-    (tmp_path / "counterfitted_neighbors.json").write_text('{"a": ["c"]}')
+    table = {"a": ["c"], "B": ["c"], "a b": ["c"]}
+    data.write_json(tmp_path / "counterfitted_neighbors.json", table)
     assert data.load_neighbors(data_dir=tmp_path) == {"a": ["c"]}
+    assert "neighbors.json: 2 of 3 keys are not one lower-case word" in capsys.readouterr().err
     assert "film" in data.open_table(SimpleNamespace(task="toy", neighbors=None), None)
     task = SimpleNamespace(**{x: [data.Example(((x,),), 0)] for x in ("train", "dev", "test")})
     s = SimpleNamespace(task="own", neighbors="vectors", data_dir=None)
