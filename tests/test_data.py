@@ -556,6 +556,10 @@ def test_vector_neighbours_are_near_frequent_and_in_order(tmp_path):
     for _ in range(2):  # the .zip, which has word2vec's first line, and the paper's numbers
         again = data.load_neighbors(tmp_path / "v.zip", words=counts)
         assert again == data.vector_neighbors(tmp_path / "v.txt", counts, 8, 0.5, 50_000, 27)
+    (tmp_path / "near.txt").write_text("a 0\nb 0.5\n")
+    near = [data.vector_neighbors(tmp_path / "near.txt", Counter("ab"), max_sq_dist=d, skip=0)
+            for d in (0.25, 0.26)]
+    assert near == [{}, {"a": ["b"], "b": ["a"]}]
 
 
 def test_wordnet_has_no_function_words_and_one_part_of_speech_a_word(nltk_data):

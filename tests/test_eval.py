@@ -123,7 +123,10 @@ def test_batches_do_not_matter(runs):
         few, all = (eval.hull_attack(victim, some, steps=steps)[1]
                     for victim, some in ((small, examples[:5]), (large, examples)))
         assert few == all[:5]
-    assert len(set(eval.hull_attack(large, examples[:1] * 20, steps=0)[1])) > 1
+    with mock.patch.object(eval.rift, "noise", side_effect=eval.rift.noise) as noise:
+        assert len(set(eval.hull_attack(large, examples[:1] * 20, steps=0)[1])) > 1
+    # drawn for the longest input, not for the batch's, as in training
+    assert noise.call_args.args[1] == large.vocabulary.max_len
     assert large([]).shape == (0, 3)
     in_order = [rows for rows, _ in small.batches([(("good",) * n,) for n in (3, 1, 2)])]
     assert in_order == [[1], [2], [0]]
