@@ -773,7 +773,7 @@ def read_vectors(path, wanted):
     for number, line in enumerate(text_of(files[0]).removesuffix("\n").split("\n"), 1):
         word, *fields = line.rstrip().split(" ")
         if number == 1 and len(fields) == 1 and word.isdecimal() and fields[0].isdecimal():
-            continue
+            continue                                    # how many words, how many numbers each
         try:
             row = list(map(float, fields))
         except ValueError:

@@ -170,7 +170,8 @@ def test_torchrun_leaves_one_run_and_stops_when_a_process_dies(tmp_path, plain_w
     assert not (run / "metrics.json").exists() and epochs() == [1]
     with pytest.raises(SystemExit):
         train.main([*arguments, "--resume"])
-    assert "was started with processes 2, and goes on with the" in capsys.readouterr().err
+    message = "the run in it was started with processes 2, and goes on with the same only, not 1"
+    assert message in capsys.readouterr().err
     assert torchrun(None, "--resume") == [0, 0] and epochs() == [1, 2, 3]
     said = [(tmp_path / f"stdout-{rank}").read_text() for rank in (0, 1)]
     assert said[0].count("test clean") == 1 and said[1] == ""

@@ -251,7 +251,8 @@ BEFORE_TEXTS_ARE_READ = [
 BAD_TRAIN = [
     ({}, "--dev-size 2 --out new/runs", "--dev-size: dev has 2 texts, wanted at least 4"),
     ({"mine/aclImdb/x": ""}, "--task imdb --data-dir mine", "holds no aclImdb/train/neg/*.txt"),
-    ({}, "--method standard --resume", "was started with epochs 1, and goes on with the same only"),
+    ({}, "--method standard --resume",
+     "the run in it was started with epochs 1, and goes on with the same only, not 2"),
     ({f"task/{split}.tsv": GOOD + "so\ta film\n" * 9 for split in ("train", "dev", "test")},
      "--batch-size 5", "--batch-size 5: wanted at least 6, two texts of each of 3 classes"),
     ({"task/neighbors.json": "{}"}, "", "task/neighbors.json: has no synonym for any word of the"),
