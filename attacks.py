@@ -44,7 +44,7 @@ def replace(words, i, word):
 
 def positions_of(words, synonyms):
     """The positions that have synonyms, a list of int.
-    Raises ValueError unless `synonyms` holds a list of words, perhaps empty, for each word."""
+    Raises ValueError unless `synonyms` has as many items as there are words, none of them a str."""
     if len(synonyms) != len(words) or any(isinstance(candidates, str) for candidates in synonyms):
         raise ValueError(f"{' '.join(words)[:60]!r} has {len(words)} words, but its synonyms are "
                          f"{str(synonyms)[:60]}: expected {len(words)} lists of words")
@@ -444,8 +444,8 @@ def lm_constraint(words, synonyms, log_p, threshold=-5.0, radius=6):
     """The synonyms that a language model allows: n lists of str, like `synonyms`.
 
     words: tuple of n str; log_p: callable, list of N windows (tuples of words, up to `radius` on
-    either side) -> (N,) natural-log probabilities, called once. Raises ValueError if it returns
-    another number of them.
+    either side) -> (N,) natural-log probabilities, called at most once. Raises ValueError if it
+    returns another number of them.
     """
     positions = positions_of(words, synonyms)
     windows = [(*words[max(0, i - radius):i], w, *words[i + 1:i + 1 + radius])

@@ -157,9 +157,9 @@ def read_lines(path):
     A last line without its line break is left out: the writer was killed in the middle of it.
     """
     with reading(path):
-        lines = Path(path).read_bytes().split(b"\n")[:-1] if Path(path).exists() else []
+        text = Path(path).read_bytes().decode() if Path(path).exists() else ""
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n")[:-1], 1):
         with reading(f"{path}, line {number}", ValueError, RecursionError):
             rows.append(json_object(line))
     return rows
@@ -252,7 +252,7 @@ def find(data_dir, *names):
         return [path for path in paths if path.exists()]
 
 
-def locate(name, data_dir=None):
+def locate(name, data_dir):
     """The path of a resource, in data_dir, else in the cache, else downloaded into the cache.
 
     name: a key of RESOURCES. The archive comes first, because a folder beside it may be partly
@@ -264,11 +264,12 @@ def locate(name, data_dir=None):
     return find(data_dir, *names)[0]
 
 
-def download(url, path, checksum=None):
+def download(url, path, checksum):
     """Fetches url to path, in at most two tries.
 
-    checksum: ("md5" or "sha256", hex). A file without one has to be a whole .zip: if the connection
-    breaks, torch takes the part for the whole, but a .zip has its table of contents at the end.
+    checksum: ("md5" or "sha256", hex) or None. Then the file has to be a whole .zip: if the
+    connection breaks, torch takes the part for the whole, but a .zip has its table of contents at
+    the end.
     The error says where to put a file that was downloaded by hand.
     """
     with replacing(path) as tmp:
@@ -383,8 +384,8 @@ def words_of(text):
 def tokenize(texts):
     """{raw text: tuple of its words}.
 
-    Each text is split once (a premise of SNLI occurs in three pairs) and kept in the cache: IMDB
-    takes two minutes.
+    Each text is split once (a premise of SNLI occurs in three pairs), and the result for all of
+    them is kept in the cache: IMDB takes two minutes.
     """
     texts = list(dict.fromkeys(texts))
     cleaned = list(map(clean, texts))
@@ -435,7 +436,7 @@ def load_task(task, data_dir=None, *, train_size=None, dev_size=None, test_size=
     """The Task "imdb", "snli" or "toy", or that of a folder of TSV files (see read_folder).
 
     A Path is always a folder, and so is a str that is not exactly one of the three, such as
-    "./imdb". The sizes and split_seed are those of `choose`.
+    "./imdb". The sizes and split_seed are those of `choose`, for the toy of `toy_splits`.
     """
     sizes = {"train": train_size, "dev": dev_size, "test": test_size}
     if task == "toy":
@@ -451,7 +452,7 @@ def load_task(task, data_dir=None, *, train_size=None, dev_size=None, test_size=
         for split, raw in splits.items():
             splits[split] = [Example(tuple(words[text] for text in texts), y) for texts, y in raw]
     content = [[split, x.y, to_text(x.words)] for split in splits for x in splits[split]]
-    name = Path(task).resolve().name
+    name = Path(os.path.abspath(task)).name             # a link keeps its own name
     return Task(name, labels, **splits, fingerprint=fingerprint([labels, content]))
 
 
@@ -485,7 +486,7 @@ def choose(splits, labels, sizes, split_seed, where):
 
 
 def cut_dev(pools, labels, size, where):
-    """(train, dev), lists of examples for each class, of pools, the same of a train without a dev.
+    """(train, dev): two lists like pools, which has for each class a list of train's examples.
 
     size: texts of dev; None: a tenth of each class, at least 2 texts, at most 1,000 of all classes.
     Texts that are in dev leave train. Dev is taken from a pool's start, a subset of train later
@@ -638,7 +639,7 @@ CLOSED_CLASS = set("""
     unless whether when where why how""".split())
 
 
-def find_neighbors(source="published", data_dir=None):
+def find_neighbors(source, data_dir):
     """The Path of a substitution table, or "wordnet"; what is not there is fetched.
 
     source: as for load_neighbors. A file is looked for in data_dir first, then as it is named.
@@ -669,15 +670,16 @@ def load_neighbors(source="published", data_dir=None, words=None):
     words, for WordNet all words that are to be looked up.
     """
     path = find_neighbors(source, data_dir)
-    if path == "wordnet":
-        if words is None:
-            raise ValueError("load_neighbors('wordnet') needs `words`, those to be looked up")
-        return wordnet_neighbors(words)
-    return read_neighbors(path) if path.suffix == ".json" else vector_neighbors(path, words or {})
+    if path != "wordnet" and path.suffix == ".json":
+        return read_neighbors(path)
+    if words is None:
+        raise ValueError(f"load_neighbors({source!r}) needs `words`, those of the texts")
+    return wordnet_neighbors(words) if path == "wordnet" else vector_neighbors(path, words)
 
 
 def read_neighbors(path):
-    """The dict in a JSON file {word: [word, ..], ..}."""
+    """The dict in a JSON file {word: [word, ..], ..}, without keys that are not one lower-case
+    word."""
     items = read_json(path).items()
     for word, others in items:
         words = others if isinstance(others, list) else [others]
@@ -1171,8 +1173,8 @@ def toy_splits(sizes, split_seed):
     splits = {}
     for split, lean in (("train", 0.8), ("dev", 0.8), ("test", 0.75)):
         rng = random.Random(f"toy {split} {TOY_DRAW + split_seed}")
-        n = (sizes[split] or TOY_SIZES[split]) // 2 * 2
-        if n == 0:
+        n = (TOY_SIZES[split] if sizes[split] is None else sizes[split]) // 2 * 2
+        if n < 2:
             raise InputError(f"toy: {split}: {sizes[split]} texts, wanted at least 2")
         texts = [toy_review(rng, i % 2, lean, narrow=split != "test") for i in range(n)]
         splits[split] = [Example(from_text(text), i % 2) for i, text in enumerate(texts)]

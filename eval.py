@@ -364,7 +364,8 @@ def constraint(s, args):
 
 
 def keywords(name, s, args):
-    """The keyword arguments of an attack: its own defaults, with what the command line sets."""
+    """The keyword arguments of an attack: its own defaults, with what the command line sets; of
+    hull, those of the run's search in training."""
     if name == "hull":
         return search_settings(s)
     flags = {"population": args.population, "generations": args.generations}
@@ -416,9 +417,9 @@ def conditions(folder, s, precision, tables, plan, args):
     weights = data.fingerprint(b"".join(path.read_bytes() for path in paths))
     shared = plan.settings | {"precision": precision, "weights": weights}
     path = folder / files_of(args.split)[0]
-    earlier = data.read_json(path).get("settings") if path.exists() else None
+    earlier = data.read_json(path)["settings"] if path.exists() else {}
     settings = {"clean": shared}
-    if isinstance(earlier, dict) and earlier.get("clean") == shared:
+    if earlier.get("clean") == shared:
         settings |= earlier
     for name in args.attacks:
         settings[name] = keywords(name, s, args) | {"neighbors": data.fingerprint(tables[name])}
@@ -460,7 +461,7 @@ def evaluate(folder, plan, args):
     settings = conditions(folder, s, precision, tables, plan, args)
 
     texts = {i: data.to_text(victim.vocabulary.visible(x.words)) for i, x in plan.chosen.items()}
-    P = attacks.check_probabilities(victim(list(texts.values())), len(texts))   # (N, C)
+    P = victim(list(texts.values()))                                            # (N, C)
     labels, predictions = [x.y for x in plan.chosen.values()], P.argmax(1)      # (N,)
     attacked = [i for i, y, p in zip(texts, labels, predictions) if p == y]
     wrong = [dict(index=i, label=y, original=text, adversarial=text, prediction=int(p))
@@ -596,13 +597,15 @@ def own_settings(s, *varying):
     """The settings that set a run apart from others, a dict, without those named by `varying`.
 
     Of what it is made of, the fingerprints count, not the paths. Left out are also the incidental
-    settings, mixout and the weights of terms where its method has none: adv at two values of alpha
-    is one and the same.
+    settings, and mixout, tau and the weights of terms where its method has none: adv at two values
+    of alpha is one and the same.
     """
     weights = {weight for terms in rift.METHODS.values() for weight in terms.values()}
     unused = weights - set(rift.METHODS[s.method].values())             # such as {"alpha"}
     if s.method != "adv-mixout":
         unused.add("mixout")
+    if rift.info not in rift.METHODS[s.method]:
+        unused.add("tau")
     # None: the flag was not given
     return s.fingerprints | {
         key: value for key, value in vars(s).items() if value is not None
@@ -738,7 +741,7 @@ def tradeoffs(group, names):
     """
     by_beta = {}                                                        # {curve: {beta: [run, ..]}}
     for curve, runs in by_settings(group, "beta").items():
-        if runs[0].run.method == "standard":                            # it has no beta
+        if "beta" not in rift.METHODS[runs[0].run.method].values():
             continue
         points = by_beta.setdefault(curve, {})
         for x in runs:
@@ -816,7 +819,7 @@ ASKED = "seed", "population", "generations", "lm_constraint", "max_queries"
 
 def read_finished(folder, attack, split):
     """A finished run for the figures: its folder, run (its settings), scores {"clean", attack}, n
-    texts, log (a dict an epoch), kept (the line of the kept epoch), how (the attack's settings).
+    texts, log (a dict for each epoch), kept (that of the kept epoch), how (the attack's settings).
 
     The scores are those of eval.json. If hull is missing there, it is the one that train.py
     measured: on dev for the kept epoch, on test for the whole split. Raises InputError where the
@@ -859,7 +862,8 @@ def points_over(runs, key, measures):
 
 
 def draw_accuracy(ax, runs, attack, over):
-    """Clean and robust accuracy over alpha, adv at 0; or against each other, a point a beta."""
+    """Clean and robust accuracy of rift over alpha, with adv at 0; or of all methods against each
+    other, a point for each beta."""
     from matplotlib.patheffects import withStroke       # not at the top: matplotlib is optional
     if over == "alpha":
         runs = [x for x in runs if x.run.method in ("adv", "rift")]
@@ -920,8 +924,8 @@ def forgetting_table(runs):
 
 
 def plot(folders, path, attack, split):
-    """Draws accuracy over alpha, and clean against robust accuracy over beta, where the runs of a
-    task differ in these; else forgetting over the epochs. Prints a table of forgetting.
+    """Draws rift's accuracy over alpha, and clean against robust accuracy over beta, where the runs
+    of a task differ in these; else forgetting over the epochs. Prints a table of forgetting.
 
     Raises InputError where a run lacks what is drawn, or runs were evaluated differently.
     """
@@ -1022,9 +1026,9 @@ def parse(argv):
     flag("--show", type=data.number(int, 0), default=2, metavar="N",
          help="adversarial texts printed for each run and attack")
     flag("--csv", type=Path, metavar="FILE", help="write the original and adversarial texts, all N")
-    flag("--plot", type=Path, metavar="FILE", help="draw accuracy over alpha or clean against "
-         "robust accuracy over beta where runs differ in them, else forgetting; without --attacks "
-         "nothing is attacked")
+    flag("--plot", type=Path, metavar="FILE", help="draw rift's accuracy over alpha or clean "
+         "against robust accuracy over beta where runs differ in them, else forgetting; without "
+         "--attacks nothing is attacked")
     flag("--plot-attack", choices=ATTACKS, default="hull", metavar="NAME",
          help="the attack under which --plot draws accuracy")
     args = p.parse_args(argv)
@@ -1087,10 +1091,10 @@ def main(argv):
                 groups[key].append(evaluate(folder, plans[key], args))
         except KeyboardInterrupt:
             again = shlex.join(word for word in argv if word != "--overwrite")
-            later = args.overwrite and folder != args.runs[-1]
             raise KeyboardInterrupt(
                 "finished texts are kept, and this goes on: python eval.py " + again
-                + f" (but the runs after {folder} still need --overwrite)" * later) from None
+                + " (but runs that were not attacked yet still need --overwrite)" * args.overwrite
+            ) from None
         report(list(groups.values()), args)
     if args.plot:
         plot(args.runs, args.plot, args.plot_attack, args.split)

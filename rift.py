@@ -545,7 +545,7 @@ def objective(o, method, weight):
 
     o: Outputs; weight: {name of a setting: number}, such as {"beta": 10, "alpha": 0.1}.
     Returns {"loss": the weighted sum, and each term's name: its value}, scalars.
-    Raises ValueError for a weight that is neither a number nor one of these settings.
+    Raises ValueError for a name that is none of these settings.
     """
     terms, loss = {}, 0
     for term, factor in METHODS[method].items():

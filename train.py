@@ -85,7 +85,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
     """
     rank, world = processes()
     with_x_hat = rift.has_adversary(s.method)
-    # kept is the epoch with the highest first of these on dev, on a tie with the highest second
+    # the epoch with the highest first of these on dev is kept, of equals the highest second
     rule = ["dev_hull", "dev_clean"] if with_x_hat else ["dev_clean"]
     victim = eval.Victim(model, vocabulary, s.eval_batch_size)
     texts = [vocabulary.visible(x.words) for x in task.train]
@@ -150,7 +150,7 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
 
     if rank == 0:
         model.load_state_dict(data.load_tensors(folder / "best.safetensors")[0], strict=False)
-        finish(model.eval(), victim, task, s, folder, best | {"rule": rule}, started)
+        finish(model, victim, task, s, folder, best | {"rule": rule}, started)
 
 
 # ---- Its parts -----------------------------------------------------------------------------------
@@ -510,8 +510,8 @@ def toy_encoder():
     Its name has a hash of the code, the texts and the versions that make it. Another processor can
     still round differently.
     """
-    made_of = [inspect.getsource(pretrain_toy), data.toy_pretraining_texts(), torch.__version__,
-               transformers.__version__]
+    made_of = [inspect.getsource(bert_tokenizer), inspect.getsource(pretrain_toy),
+               data.toy_pretraining_texts(), torch.__version__, transformers.__version__]
     folder = data.cache_dir() / f"toy-encoder-{data.fingerprint(made_of)[:16]}"
     if (folder / "config.json").exists():
         print(f"The toy task's pre-trained encoder is taken from {folder}", file=sys.stderr)
@@ -604,7 +604,7 @@ def parse(argv):
          "seeds OUT/METHOD-SEED; None: runs/TASK")
     flag("--resume", action="store_true", help="go on with runs that were stopped")
     flag("--overwrite", action="store_true", help="replace runs that are there (the toy "
-         "task in runs/toy does so unless --resume is given)")
+         "task does so unless --out or --resume is given)")
     # the task first: the defaults depend on it, also those that --help shows
     named = argparse.ArgumentParser(prog="train.py", usage=argparse.SUPPRESS, add_help=False,
                                     allow_abbrev=False)
@@ -625,6 +625,9 @@ def parse(argv):
         raise InputError("--resume and --overwrite: only one of them")
     args.method, args.seeds = list(dict.fromkeys(args.method)), list(dict.fromkeys(args.seeds))
     args.overwrite |= task == "toy" and args.out is None and not args.resume
+    if Path(args.task).name == "toy" != task and args.out is None:
+        raise InputError(f"--task {task}: wanted --out DIR as well, because `python train.py` "
+                         "replaces what is in runs/toy")
     args.out = (args.out or Path("runs") / Path(args.task).name).expanduser()
     if args.data_dir:                                   # eval.py may be started in another folder
         args.data_dir = os.path.abspath(Path(args.data_dir).expanduser())
@@ -692,7 +695,7 @@ def main(argv):
         check_first(folders.values(), s, args.resume, args.overwrite)
         data.warn_of_slow_bf16([s.precision], data.pick_device(s.device))
     with first_process_first():                         # it fills the caches
-        if s.model == "toy":
+        if s.task == "toy":
             s.model = str(toy_encoder())
         # its fingerprint must not depend on the seed: a pooler that was never trained is drawn
         torch.manual_seed(0)

@@ -419,6 +419,7 @@ def test_a_given_dev_split_pairs_bom_crlf_and_spaces_around_labels_are_read(tmp_
     (dict(test_size=1), "test: 1 examples would be 0 of each class, wanted 1 to"),
     (dict(train_size=2), "has 1 training examples"), (dict(split_seed=-1), "split seed -1"),
     (dict(task="toy", test_size=1), "toy: test: 1 texts, wanted at least 2"),
+    (dict(task="toy", test_size=0), "toy: test: 0 texts, wanted at least 2"),
 ])
 def test_sizes_that_cannot_be_had_are_refused(tmp_path, plain_words, change, message):
     folder = write_tsv(tmp_path / "own", train=numbered(a=10, b=15), test=numbered(a=3, b=9))
@@ -534,6 +535,9 @@ def test_tables_are_looked_for_in_data_dir_first_and_checked_quickly(tmp_path, m
                          ("none.json", "none.json: cannot be read .No such file")):
         with pytest.raises(data.InputError, match=message):
             data.find_neighbors(bad, "data")
+    Path("v.txt").write_text("a 1 2\n")
+    with pytest.raises(ValueError, match="load_neighbors.'v.txt'. needs `words`"):
+        data.load_neighbors("v.txt")
 
 
 def test_vector_neighbours_are_near_frequent_and_in_order(tmp_path):

@@ -597,6 +597,11 @@ def test_a_path_is_a_folder_whatever_its_last_name(task, tmp_path, capsys, monke
         assert s.task == str(tmp_path / "imdb") and args.out == Path("runs/imdb")
     assert train.parse(["--task", "imdb"])[1].task == "imdb"
     assert "the folder here is --task ./imdb" in capsys.readouterr().err
+    (tmp_path / "toy").symlink_to("imdb")
+    assert data.load_task("toy").name == "toy"
+    with pytest.raises(data.InputError, match="wanted --out DIR as well"):
+        train.parse(["--task", "./toy"])
+    assert train.parse(["--task", "./toy", "--out", "x"])[0].task == str(tmp_path / "toy")
 
 
 def test_part_of_torchruns_environment_is_one_line(task, bert, tmp_path, capsys, monkeypatch):
