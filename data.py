@@ -198,18 +198,18 @@ def seed_of(*numbers):
 
 # ---- Archives: found, downloaded, unpacked -------------------------------------------------------
 
-# {name: (names of the file and of what it unpacks to, address, checksum of a download or None)}
+# {name: (names of the file and of what it unpacks to, address, sha256 of a download or None)}
 RESOURCES = {
     "imdb": (["aclImdb_v1.tar.gz", "aclImdb"],
              "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
-             ("md5", "7c2ac02c03563afcf9b574c7e56c153a")),
+             "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"),
     "snli": (["snli_1.0.zip", "snli_1.0"],
              "https://nlp.stanford.edu/projects/snli/snli_1.0.zip", None),
     # the table of Jia et al. 2019, which the authors' repository has in its folder attack too
     "published": (["counterfitted_neighbors.json"],
                   "https://raw.githubusercontent.com/robinjia/certified-word-sub/master/data/"
                   "counterfitted_neighbors.json",
-                  ("sha256", "103247143f39bd5dd66850f3a912393392641dbd98093c61e2b24a4cc8a96fb0")),
+                  "103247143f39bd5dd66850f3a912393392641dbd98093c61e2b24a4cc8a96fb0"),
     "vectors": (["counter-fitted-vectors.txt.zip", "counter-fitted-vectors.txt"],
                 "https://github.com/nmrksic/counter-fitting/raw/master/word_vectors/"
                 "counter-fitted-vectors.txt.zip", None),
@@ -258,46 +258,36 @@ def locate(name, data_dir):
     name: a key of RESOURCES. The archive comes first, because a folder beside it may be partly
     unpacked.
     """
-    names, url, checksum = RESOURCES[name]
+    names, url, sha256 = RESOURCES[name]
     if not find(data_dir, *names):
-        download(url, cache_dir() / names[0], checksum)
+        download(url, cache_dir() / names[0], sha256)
     return find(data_dir, *names)[0]
 
 
-def download(url, path, checksum):
+def download(url, path, sha256):
     """Fetches url to path, in at most two tries.
 
-    checksum: ("md5" or "sha256", hex) or None. Then the file has to be a whole .zip: if the
-    connection breaks, torch takes the part for the whole, but a .zip has its table of contents at
-    the end.
+    sha256: hex, or None. Then the file has to be a whole .zip: if the connection breaks, torch
+    takes the part for the whole, but a .zip has its table of contents at the end.
     The error says where to put a file that was downloaded by hand.
     """
     with replacing(path) as tmp:
         for _ in range(2):
             try:
-                torch.hub.download_url_to_file(url, str(tmp), progress=sys.stderr.isatty())
-            except (OSError, http.client.HTTPException) as error:
-                problem = first_line(error)
-                continue
-            if checksum is None:
+                torch.hub.download_url_to_file(url, str(tmp), sha256, sys.stderr.isatty())
+                if sha256 or zipfile.is_zipfile(tmp):
+                    return
                 problem = "what came is not a whole .zip"
-                good = zipfile.is_zipfile(tmp)
-            else:
-                problem = f"wrong checksum, the {checksum[0]} should be {checksum[1]}"
-                with tmp.open("rb") as file:
-                    good = hashlib.file_digest(file, checksum[0]).hexdigest() == checksum[1]
-            if good:
-                return
+            except (OSError, RuntimeError, http.client.HTTPException) as error:
+                problem = first_line(error)             # RuntimeError: it has another sha256
         raise InputError(f"{url}: {problem}; download it by hand and put it at {path}")
 
 
 def unpack(path, private=False):
-    """The folder in the cache with what a .tar.gz or .zip holds; another path is returned as it is.
+    """The folder in the cache with what a .tar.gz or .zip holds.
 
     private: only this user can read it; otherwise all whom the umask allows.
     """
-    if path.is_dir() or path.suffix not in (".gz", ".zip"):
-        return path
     with reading(path, *DAMAGE):
         content = path.read_bytes()
         name = f"{path.name.partition('.')[0]}-{fingerprint(content)[:16]}"
@@ -307,16 +297,14 @@ def unpack(path, private=False):
                 shutil.rmtree(left, ignore_errors=True)
         if folder.is_dir():
             return folder
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)      # all of it, because the checksum is at the end
-        with replacing(folder) as tmp:
+        if path.suffix == ".gz":        # decompressed whole, because the checksum is at the end
+            archive = tarfile.open(fileobj=io.BytesIO(gzip.decompress(content)))
+            archive.extraction_filter = tarfile.data_filter         # nothing outside the folder
+        else:
+            archive = zipfile.ZipFile(io.BytesIO(content))
+        with archive, replacing(folder) as tmp:
             tmp.mkdir(mode=0o700 if private else 0o777)
-            if path.suffix == ".gz":
-                with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-                    archive.extractall(tmp, filter="data")      # nothing outside tmp
-            else:
-                with zipfile.ZipFile(path) as archive:
-                    archive.extractall(tmp)
+            archive.extractall(tmp)
             mode = tmp.stat().st_mode       # of the archive's own modes none is kept
             for inside in tmp.rglob("*"):
                 inside.chmod(mode if inside.is_dir() else mode & 0o666)
@@ -767,8 +755,7 @@ def read_vectors(path, wanted):
     path: a .txt with lines `word number number ..`, or a .zip with one such file. Lines of other
     words are checked too. A first line of two whole numbers, as word2vec's files have, is skipped.
     """
-    folder = unpack(path)
-    files = [path] if folder == path else list(folder.rglob("[!.]*.txt"))
+    files = list(unpack(path).rglob("[!.]*.txt")) if path.suffix == ".zip" else [path]
     if len(files) != 1:
         raise InputError(f"{path}: wanted one .txt file in it, there are {len(files)}")
     vectors, dim = {}, None

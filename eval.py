@@ -24,7 +24,6 @@ import dataclasses
 import functools
 import importlib
 import inspect
-import io
 import itertools
 import json
 import math
@@ -568,29 +567,25 @@ def run_table(evaluations, names):
     def share(right):
         return "{:.3f} [{:.3f}, {:.3f}]".format(right.mean(), *wilson(right.sum(), len(right)))
 
-    limited = {name: any(x.settings[name].get("max_queries") for x in evaluations)
-               for name in names}
-    rows = [["run", "N", "clean"]]
-    for name in names:
-        rows[0].append(head_of(name, evaluations))
-        if limited[name]:
-            rows[0].append("stopped")
-        rows[0] += ["words", "queries", "fixed"]
+    def mean(numbers, form):
+        return format(np.mean(numbers), form) if numbers else "-"
+
+    rows = []                                           # of (column head, cell)
     for x in evaluations:
         N = len(x.robust["clean"])
-        rows.append([x.name, str(N), share(x.robust["clean"])])
+        rows.append([("run", x.name), ("N", str(N)), ("clean", share(x.robust["clean"]))])
         for name in names:
             lines = x.lines[name]
             changed = [line["words_changed"] / max(len(data.from_text(line["original"])[-1]), 1)
                        for line in lines if line["success"]]
-            rows[-1].append(share(x.robust[name]))
-            if limited[name]:
-                rows[-1].append(f"{sum(line['stopped'] for line in lines) / N:.1%}")
-            rows[-1] += [f"{np.mean(changed):.1%}" if changed else "-",
-                         f"{np.mean([line['queries'] for line in lines]):.0f}" if lines else "-",
-                         f"{np.mean([line['substitutable'] == 0 for line in lines]):.1%}"
-                         if lines else "-"]
-    return rows
+            rows[-1].append((head_of(name, evaluations), share(x.robust[name])))
+            if any(y.settings[name].get("max_queries") for y in evaluations):
+                stopped = sum(line["stopped"] for line in lines) / N
+                rows[-1].append(("stopped", f"{stopped:.1%}"))
+            rows[-1] += [("words", mean(changed, ".1%")),
+                         ("queries", mean([line["queries"] for line in lines], ".0f")),
+                         ("fixed", mean([line["substitutable"] == 0 for line in lines], ".1%"))]
+    return [[head for head, _ in rows[0]], *([cell for _, cell in row] for row in rows)]
 
 
 def own_settings(s, *varying):
@@ -631,6 +626,17 @@ def by_settings(runs, *varying):
             apart[key] = f"{getattr(same[0].run, SOURCES[key])} ({apart[key][:6]})"
         named[" ".join([s["method"], *(f"{key} {value}" for key, value in apart.items())])] = same
     return named
+
+
+def weight_of(s, key):
+    """The weight alpha or beta of a run; 0 where its method has no term with it."""
+    return getattr(s, key) if key in rift.METHODS[s.method].values() else 0
+
+
+def by_weight(runs, key):
+    """{value: [run, ..]}: the runs of a curve at each value of alpha or beta."""
+    values = dict.fromkeys(weight_of(x.run, key) for x in runs)
+    return {value: [x for x in runs if weight_of(x.run, key) == value] for value in values}
 
 
 def right(runs, name):
@@ -692,10 +698,8 @@ def report(groups, args):
     note = "(95% bootstrap interval over texts and runs; *: over texts, one side is a single run)"
     for group in groups:
         of = f", {group[0].run.task}" if len(groups) > 1 else ""
-        methods = by_settings(group)
-        first = next((name for name, runs in methods.items() if runs[0].run.method == "standard"),
-                     next(iter(methods)))
-        methods = {first: methods[first]} | methods                     # the reference comes first
+        # standard, the reference, comes first
+        methods = by_settings(sorted(group, key=lambda x: x.run.method != "standard"))
         if len(methods) < len(group):
             show(f"Mean and standard deviation over runs{of}", seeds_table(methods, args.attacks))
         pairs = [(f"{b} - {a}", methods[b], methods[a])
@@ -713,14 +717,14 @@ def report(groups, args):
                 print(textwrap.fill(marked(line["original"], line["adversarial"]), 98,
                                     initial_indent="  ", subsequent_indent="  "))
     if args.csv:
-        data.write_atomically(args.csv, csv_of(everything, args.attacks))
+        with data.replacing(args.csv) as tmp, tmp.open("w", newline="", encoding="utf-8") as file:
+            write_csv(file, everything, args.attacks)
 
 
-def csv_of(evaluations, names):
-    """The original and adversarial texts as CSV, a str: every text of every run and attack. Those
-    that were wrong before (`correct` is False) were not attacked: of these, `success`, `queries`
-    and the like are empty."""
-    file = io.StringIO(newline="")
+def write_csv(file, evaluations, names):
+    """Writes the original and adversarial texts: every text of every run and attack. Those that
+    were wrong before (`correct` is False) were not attacked: of these, `success`, `queries` and the
+    like are empty."""
     rows = csv.DictWriter(file, ["run", *LINE_KEYS, "correct"], extrasaction="ignore")
     rows.writeheader()
     for x, name in itertools.product(evaluations, names):
@@ -730,7 +734,6 @@ def csv_of(evaluations, names):
                       for key in ("original", "adversarial")}
             labels = {key: x.labels[line[key]] for key in ("label", "prediction")}
             rows.writerow({"run": x.name} | line | joined | labels)
-    return file.getvalue()
 
 
 def tradeoffs(group, names):
@@ -739,13 +742,7 @@ def tradeoffs(group, names):
     The mean is over the betas whose mean clean accuracy lies within adv's range. A beta beyond it
     can only be compared with the end of adv's curve, and has a line of its own.
     """
-    by_beta = {}                                                        # {curve: {beta: [run, ..]}}
-    for curve, runs in by_settings(group, "beta").items():
-        if "beta" not in rift.METHODS[runs[0].run.method].values():
-            continue
-        points = by_beta.setdefault(curve, {})
-        for x in runs:
-            points.setdefault(x.run.beta, []).append(x)
+    by_beta = {curve: by_weight(runs, "beta") for curve, runs in by_settings(group, "beta").items()}
     references = [curve for curve in by_beta if curve.split()[0] == "adv"]
     if len(references) > 1:
         yield f"\nNo gain over adv's curve, because adv has several: {', '.join(references)}"
@@ -844,23 +841,6 @@ def read_finished(folder, attack, split):
     return SimpleNamespace(folder=folder, run=s, scores=scores, n=n, log=log, kept=kept, how=how)
 
 
-def weight_of(s, key):
-    """The weight alpha or beta of a run; 0 where its method has no term with it."""
-    return getattr(s, key) if key in rift.METHODS[s.method].values() else 0
-
-
-def points_over(runs, key, measures):
-    """The points of a curve: the V values of alpha or beta, and for each measure spread() at them.
-
-    runs: of one curve, see curves(); measures: keys of scores. Returns (values, [a (V, 3) array for
-    each measure]).
-    """
-    values = sorted({weight_of(x.run, key) for x in runs})
-    at = [[x for x in runs if weight_of(x.run, key) == value] for value in values]
-    return values, [np.array([spread([x.scores[measure] for x in same], same[0].n) for same in at])
-                    for measure in measures]
-
-
 def draw_accuracy(ax, runs, attack, over):
     """Clean and robust accuracy of rift over alpha, with adv at 0; or of all methods against each
     other, a point for each beta."""
@@ -875,7 +855,9 @@ def draw_accuracy(ax, runs, attack, over):
         ax.set(xlabel="clean accuracy", ylabel=f"accuracy under {attack}")
     for name, same, look in curves(runs, over):
         adv = same[0].run.method == "adv"
-        values, (clean, robust) = points_over(same, over, ["clean", attack])
+        values, at = zip(*sorted(by_weight(same, over).items()))
+        clean, robust = (np.array([spread([x.scores[key] for x in some], some[0].n) for some in at])
+                         for key in ("clean", attack))                          # (V, 3) each
         if over == "alpha":
             for y, label, fill in ((clean, "clean", look["color"]), (robust, attack, "white")):
                 ax.errorbar(values, y[:, 0], y[:, 1:].T, mfc=fill, label=f"{name}, {label}", **look)
@@ -971,12 +953,11 @@ def plot(folders, path, attack, split):
     if any(draw is draw_accuracy for draw, *_ in panels):
         bars += "; for a single run's accuracy, its 95% interval"
     figure.suptitle(bars, size=9)
-    image = io.BytesIO()
-    try:
-        figure.savefig(image, format=path.suffix[1:].lower() or "png", dpi=150)
-    except ValueError as error:
-        raise InputError(f"--plot {path}: {data.first_line(error)}") from None
-    data.write_atomically(path, image.getvalue())
+    with data.replacing(path) as tmp:
+        try:
+            figure.savefig(tmp, format=path.suffix[1:].lower() or "png", dpi=150)
+        except ValueError as error:
+            raise InputError(f"--plot {path}: {data.first_line(error)}") from None
     print(f"{path}: drawn from {', '.join(map(str, folders))}")
     for task, runs in tasks.items():
         show(f"Forgetting, {task}, dev texts at the kept epochs: mean over runs (lowest to "

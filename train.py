@@ -554,8 +554,8 @@ def parse(argv):
          "first; None: the cache")
     flag("--neighbors", metavar="TABLE", help="substitution table: published (Jia et al.'s, which "
          "the paper uses), vectors (computed from the counter-fitted ones), wordnet, or a file: "
-         "vectors .txt or .zip, or a table .json, {word: [synonym, ..]} of single lower-case words; "
-         "the toy has its own")
+         "vectors .txt or .zip, or a .json {word: [synonym, ..]} of single lower-case words; the "
+         "toy has its own")
     flag("--train-size", type=positive, metavar="N",
          help="training texts to use, equally many of each class; None: all")
     flag("--dev-size", type=positive, metavar="N", help="dev texts, which choose the epoch; None: "
@@ -606,10 +606,7 @@ def parse(argv):
     flag("--overwrite", action="store_true", help="replace runs that are there (the toy "
          "task does so unless --out or --resume is given)")
     # the task first: the defaults depend on it, also those that --help shows
-    named = argparse.ArgumentParser(prog="train.py", usage=argparse.SUPPRESS, add_help=False,
-                                    allow_abbrev=False)
-    named.add_argument("--task", default="toy")
-    task = named.parse_known_args(argv)[0].task
+    task = p.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].task
     p.set_defaults(**TASKS.get(task, TASKS["imdb"]))
     args = p.parse_args(argv)
     if task not in TASKS and not Path(task).is_dir():

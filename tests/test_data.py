@@ -65,7 +65,7 @@ def full(*args, **kwargs):
 # ---- Files ---------------------------------------------------------------------------------------
 
 BODY = random.Random(0).randbytes(300_000)
-MD5 = "md5", hashlib.md5(BODY).hexdigest()
+SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
 class Reply(io.BytesIO):
@@ -93,27 +93,27 @@ def zipped(files):
     return body.getvalue()
 
 
-@pytest.mark.parametrize("body, checksum", [(BODY, MD5), (zipped({"a": BODY}), None)])
+@pytest.mark.parametrize("body, sha256", [(BODY, SHA256), (zipped({"a": BODY}), None)])
 def test_a_download_is_complete_also_after_a_broken_connection(
-        tmp_path, monkeypatch, body, checksum):
+        tmp_path, monkeypatch, body, sha256):
     answer(monkeypatch, Reply(body, -1000), Reply(body))
     path = tmp_path / "new" / "file.bin"
-    data.download("http://x", path, checksum)
+    data.download("http://x", path, sha256)
     assert path.read_bytes() == body
     assert [p.name for p in path.parent.iterdir()] == ["file.bin"]
 
 
-@pytest.mark.parametrize("reply, checksum, message", [
+@pytest.mark.parametrize("reply, sha256, message", [
     (b"<!DOCTYPE html><p>sign in", None, "not a whole .zip"),
-    (b"x", MD5, f"wrong checksum, the md5 should be {MD5[1]}"),
-    (HTTPError("http://x", 404, "not found", {}, None), MD5, "Error 404"),
+    (b"x", SHA256, f'invalid hash value .expected "{SHA256}", got "'),
+    (HTTPError("http://x", 404, "not found", {}, None), SHA256, "Error 404"),
     (http.client.IncompleteRead(b"x"), None, "IncompleteRead")])
 def test_a_failed_download_keeps_what_was_there_and_says_where_to_put_the_file(
-        tmp_path, monkeypatch, reply, checksum, message):
+        tmp_path, monkeypatch, reply, sha256, message):
     answer(monkeypatch, *(Reply(reply) if isinstance(reply, bytes) else reply for _ in range(2)))
     (tmp_path / "a.bin").write_bytes(b"old")
     with pytest.raises(data.InputError, match=f"{message}.* put it at {tmp_path}/a.bin"):
-        data.download("http://x", tmp_path / "a.bin", checksum)
+        data.download("http://x", tmp_path / "a.bin", sha256)
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
 
 
@@ -121,7 +121,7 @@ def test_what_is_missing_is_downloaded_into_the_cache_and_data_dir_is_not_writte
         tmp_path, cache, monkeypatch):
     """The archive comes first: a folder beside it may be unpacked only partly."""
     answer(monkeypatch, Reply(BODY))
-    monkeypatch.setitem(data.RESOURCES, "imdb", (["file.bin", "folder"], "http://x", MD5))
+    monkeypatch.setitem(data.RESOURCES, "imdb", (["file.bin", "folder"], "http://x", SHA256))
     mine = tmp_path / "mine"
     mine.mkdir()
     assert data.locate("imdb", mine) == cache / "file.bin"
@@ -387,7 +387,7 @@ def test_the_published_table_is_the_default_and_only_a_download_needs_its_checks
     """The toy task has its own table. A table is made for the words of the training texts, of
     WordNet for those of all texts. Keys that no word of a text can be are left out."""
     answer(monkeypatch, Reply(b'{"a": ["b"]}'), Reply(b'{"a": ["b"]}'))
-    with pytest.raises(data.InputError, match=f"sha256 .* {cache}/counterfitted_neighbors.json$"):
+    with pytest.raises(data.InputError, match=f"hash .* {cache}/counterfitted_neighbors.json$"):
         data.load_neighbors()
     table = {"a": ["c"], "B": ["c"], "a b": ["c"]}
     data.write_json(tmp_path / "counterfitted_neighbors.json", table)
