@@ -416,9 +416,9 @@ def conditions(folder, s, precision, tables, plan, args):
     weights = data.fingerprint(b"".join(path.read_bytes() for path in paths))
     shared = plan.settings | {"precision": precision, "weights": weights}
     path = folder / files_of(args.split)[0]
-    earlier = data.read_json(path)["settings"] if path.exists() else {}
+    earlier = data.read_json(path).get("settings") if path.exists() else None
     settings = {"clean": shared}
-    if earlier.get("clean") == shared:
+    if isinstance(earlier, dict) and earlier.get("clean") == shared:
         settings |= earlier
     for name in args.attacks:
         settings[name] = keywords(name, s, args) | {"neighbors": data.fingerprint(tables[name])}
@@ -460,7 +460,7 @@ def evaluate(folder, plan, args):
     settings = conditions(folder, s, precision, tables, plan, args)
 
     texts = {i: data.to_text(victim.vocabulary.visible(x.words)) for i, x in plan.chosen.items()}
-    P = victim(list(texts.values()))                                            # (N, C)
+    P = attacks.check_probabilities(victim(list(texts.values())), len(texts))   # (N, C)
     labels, predictions = [x.y for x in plan.chosen.values()], P.argmax(1)      # (N,)
     attacked = [i for i, y, p in zip(texts, labels, predictions) if p == y]
     wrong = [dict(index=i, label=y, original=text, adversarial=text, prediction=int(p))
