@@ -820,11 +820,14 @@ def read_finished(folder, attack, split):
 
     The scores are those of eval.json. If hull is missing there, it is the one that train.py
     measured: on dev for the kept epoch, on test for the whole split. Raises InputError where the
-    attack is missing.
+    attack, or the kept epoch's line of log.jsonl, is missing.
     """
     s, _ = settings_of(folder)
     metrics, log = data.read_json(folder / "metrics.json"), data.read_lines(folder / "log.jsonl")
-    kept = next(line for line in log if line["epoch"] == metrics["best_epoch"])
+    best = metrics["best_epoch"]
+    kept = next((line for line in log if line["epoch"] == best), None)
+    if kept is None:
+        raise InputError(f"{folder / 'log.jsonl'}: lacks epoch {best}, the kept one")
     path = folder / files_of(split)[0]
     scores = data.read_json(path) if path.exists() else {}
     if attack not in scores and attack == "hull":

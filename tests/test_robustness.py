@@ -277,6 +277,7 @@ BAD_EVAL = [
     ({}, "runs/../runs/standard --attacks pwws", f"the settings and the seed of {RUN};"),
     ({}, "--task nowhere", "nowhere is not there; --task FOLDER says where it is now"),
     ({LOG: "[1]\n"}, "--plot x.png", f"{LOG}, line 1: {data.NOT_OURS}"),
+    ({LOG: None}, "--plot x.png", f"{LOG}: lacks epoch 1, the kept one"),
     ({f"{RUN}/attacks.jsonl": "[]\n"}, "--attacks pwws", f"jsonl, line 1: {data.NOT_OURS}"),
     ({f"{RUN}/eval.json": '{"settings": 3}'}, "--plot x.png --plot-attack pwws", "without pwws"),
     ({CONFIG: changed(labels=["neg", "pos", "so"])}, "", f"{MODEL}: of another run, or damaged"),
