@@ -161,7 +161,7 @@ def exhaustive(words, y, synonyms, rng=None):
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one example. A text is what the victim sees: words joined by single spaces, or
+    """What became of one example. A text is what the victim gets: words joined by single spaces, or
     a tuple (premise, hypothesis) of two such strings. All values are plain Python's."""
     index: int
     attack: str
@@ -304,7 +304,12 @@ class Running:
 
     def begin(self, wanted):
         """Starts a round: the texts (tuples of words) that the attack wants to see scored."""
-        self.wanted, self.asked = iter(wanted), []  # asked: digests of texts taken from wanted
+        try:
+            self.wanted = iter(wanted)
+        except TypeError:
+            raise ValueError(f"the attack yielded {wanted!r:.80}: expected a list of texts, each a "
+                             "tuple of words") from None
+        self.asked = []                 # digests of the texts taken from wanted
         self.complete = False           # True when all that it wants is asked
         self.out_of_queries = False     # True if the next new text would exceed max_queries
 

@@ -216,7 +216,7 @@ RESOURCES = {
     "scores": (["jia2019_cert_lm_scores.zip", "lm_scores"],
                "https://nlp.stanford.edu/data/robinjia/jia2019_cert_lm_scores.zip", None),
 }
-# NLTK reads only folders that are the user's own, so each user of a cache has their own
+# NLTK reads only folders of the user or of root, so each user of a cache has their own
 USER = os.getuid() if hasattr(os, "getuid") else 0
 
 
@@ -376,12 +376,11 @@ def tokenize(texts):
     them is kept in the cache: IMDB takes two minutes.
     """
     texts = list(dict.fromkeys(texts))
-    cleaned = list(map(clean, texts))
 
     def compute():
-        return [" ".join(words_of(text)) for text in tqdm(cleaned, "words", delay=2, disable=None)]
+        return [" ".join(words_of(text)) for text in tqdm(texts, "words", delay=2, disable=None)]
 
-    key = fingerprint([nltk.__version__, cleaned])
+    key = fingerprint([nltk.__version__, list(map(clean, texts))])
     lines = cached(f"words-{key[:32]}.json", compute)
     # a word is one object, however often it occurs
     return {text: tuple(map(sys.intern, line.split())) for text, line in zip(texts, lines)}
@@ -567,9 +566,10 @@ def read_snli(path):
 def read_folder(path):
     """(labels, {split: [(texts, y), ..]}) of train.tsv, test.tsv and perhaps dev.tsv.
 
-    Their header is `label TAB text` or `label TAB text TAB text2`. Labels are any strings, without
-    the space around them; the classes are in their sorted order. A text may be empty; it holds no
-    tabs and no line breaks, and there is no quoting.
+    Their header is `label TAB text` or `label TAB text TAB text2`. Labels are any strings, but no
+    two of them may differ only in case, in the space around them or as spellings of one number (1,
+    1.0); the classes are in their sorted order. A text may be empty; it holds no tabs and no line
+    breaks, and there is no quoting.
     """
     if not path.is_dir():
         raise InputError(f"{path.absolute()}: no such folder; wanted one with train.tsv and "
@@ -958,7 +958,7 @@ def pick_device(name=None):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
         return device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"--device {name}: not on this machine ({first_line(error)[:80]}); "
                          "cpu always works") from None
 
@@ -1114,10 +1114,10 @@ TOY_DRAW = 1    # one of three draws of the texts, chosen, like the grammar, to 
 def toy_review(rng, y, lean=0.0, narrow=False):
     """One review of class y (0 blame, 1 praise), a str. rng: random.Random.
 
-    lean: how often a neutral concept takes one of its first two words for praise, one of its last
-    two for blame: a shortcut that says nothing about sentiment. narrow: a text of train or dev,
-    which takes the sentiment words from the first two of their concept, the aspects from the first
-    TOY_SEEN, the verbs from the first concept.
+    lean: how often a neutral concept has to take one of its first two words for praise, one of its
+    last two for blame (otherwise any of the four): a shortcut that says nothing about sentiment.
+    narrow: a text of train or dev, which takes the sentiment words from the first two of their
+    concept, the aspects from the first TOY_SEEN, the verbs from the first concept.
     """
     def neutral(concept):
         return rng.choice((concept[:2] if y else concept[2:]) if rng.random() < lean else concept)

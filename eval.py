@@ -22,7 +22,6 @@ import argparse
 import csv
 import dataclasses
 import functools
-import importlib
 import inspect
 import itertools
 import json
@@ -379,7 +378,7 @@ def run_attack(name, victim, table, plan, texts, pending, s, args):
     table: the attack's substitution table; texts: {index: text} of the chosen examples; pending:
     those of these indices that are to be attacked; s: the run's settings.
     """
-    if name == "hull":      # the finished texts too: one that goes on must form the same batches
+    if name == "hull":      # attacks all, so that a command that goes on forms the same batches
         chosen = list(plan.chosen.values())
         predictions, found, _ = hull_attack(victim, chosen, seed=args.seed, bar=name,
                                             **search_settings(s))
@@ -406,8 +405,8 @@ def run_attack(name, victim, table, plan, texts, pending, s, args):
 
 def conditions(folder, s, precision, tables, plan, args):
     """The settings and weights that an outcome depends on: {"clean": what all attacks share,
-    attack: its own}. (For a change of an attack's code there is --overwrite; in bf16 the batch,
-    which is not recorded, can matter for a text that is barely right.)
+    attack: its own}. Not recorded are the attack's code (after a change give --overwrite) and the
+    batches, which in bf16 can decide about a text that is barely right.
 
     If what all attacks share is the same as in eval.json, an attack there that is not asked for
     today keeps its settings; evaluate() then keeps its result.
@@ -438,8 +437,8 @@ def files_of(split):
 def evaluate(folder, plan, args):
     """The Evaluation of one run: clean accuracy and every attack asked for, on the chosen texts.
 
-    Writes attacks.jsonl and eval.json. For the test split metrics.json then has the same attacks
-    (but hull) as eval.json, and no older ones. Each line of attacks.jsonl carries a fingerprint of
+    Writes attacks.jsonl and eval.json. On the test split metrics.json then has the attacks of
+    eval.json, except hull, and no older ones. Each line of attacks.jsonl carries a fingerprint of
     the settings and weights that it was made with. If it is that of this command, the line is used
     again; otherwise it stays in the file, for a command with those settings. eval.json has an
     attack once, with its latest settings. One that is not asked for today stays there, see
@@ -469,8 +468,8 @@ def evaluate(folder, plan, args):
     eval_path, lines_path = (folder / name for name in files_of(args.split))
     marks = {name: data.fingerprint([name, settings["clean"], settings[name]])
              for name in settings if name != "clean"}
-    # done: {attack: {index: line}}, of the attacks asked for and of those that eval.json has, made
-    # with the settings of this command; others: all other lines
+    # done: {attack: {index: line}}, made with today's settings; of an attack that is not asked for
+    # today, with those in eval.json; others: all other lines
     done, others = {name: {} for name in marks}, []
     for line in data.read_lines(lines_path):
         name = line.get("attack")
@@ -485,7 +484,8 @@ def evaluate(folder, plan, args):
         still_right = {i for i in attacked if lines[i]["prediction"] == lines[i]["label"]}
         return np.array([i in still_right for i in texts])
 
-    write_lines(lines_path, others, done)   # replaces it: another eval.py at it stops, see keep()
+    # a new file: another eval.py that still writes to the old one stops, see keep()
+    write_lines(lines_path, others, done)
     for name in args.attacks:
         pending = [i for i in attacked if i not in done[name]]
         if pending:
@@ -557,9 +557,9 @@ def head_of(name, evaluations):
     for x in evaluations:
         shown = {key: value for key, value in x.settings[name].items()
                  if key != "neighbors" and value is not None and (name != "hull" or key == "steps")}
-        shown = [f"{key} {value}" for key, value in shown.items()]
+        shown = [f"{key.replace('_', ' ')} {value}" for key, value in shown.items()]
         heads.append(f"{name} ({', '.join(shown)})")
-    return " / ".join(dict.fromkeys(heads)).replace("_", " ")
+    return " / ".join(dict.fromkeys(heads))
 
 
 def run_table(evaluations, names):
@@ -674,8 +674,9 @@ def tradeoff_gain(reference, runs, name):
     """Robust accuracy minus a reference's at the same clean accuracy: (value, low, high).
 
     reference, runs: {beta: [run, ..]}. The reference's points (clean, robust) are joined by
-    straight lines in the order of their clean accuracy, and its ends are held; the difference is
-    averaged over the betas of `runs`. The interval is over runs and texts, see bootstrap().
+    straight lines in the order of their clean accuracy; beyond its ends, the robust accuracy of the
+    end counts. The difference is averaged over the betas of `runs`. The interval is over runs and
+    texts, see bootstrap().
     """
     def statistic(*means):                                                      # each (D, 2)
         known, asked = np.stack(means[:len(reference)]), np.stack(means[len(reference):])
@@ -737,7 +738,7 @@ def write_csv(file, evaluations, names):
 
 
 def tradeoffs(group, names):
-    """Yields a line of text for each method with several betas: its gain over adv's curve.
+    """Yields lines of text: for each method with several betas its gain over adv's curve.
 
     The mean is over the betas whose mean clean accuracy lies within adv's range. A beta beyond it
     can only be compared with the end of adv's curve, and has a line of its own.
@@ -746,6 +747,7 @@ def tradeoffs(group, names):
     references = [curve for curve in by_beta if curve.split()[0] == "adv"]
     if len(references) > 1:
         yield f"\nNo gain over adv's curve, because adv has several: {', '.join(references)}"
+        return
     adv = by_beta.pop("adv", {})
     by_beta = {curve: points for curve, points in by_beta.items() if len(points) > 1}
     if len(adv) < 2:
@@ -818,7 +820,7 @@ def read_finished(folder, attack, split):
     """A finished run for the figures: its folder, run (its settings), scores {"clean", attack}, n
     texts, log (a dict for each epoch), kept (that of the kept epoch), how (the attack's settings).
 
-    The scores are those of eval.json. If hull is missing there, it is the one that train.py
+    The scores are those of eval.json. If hull is missing there, both are those that train.py
     measured: on dev for the kept epoch, on test for the whole split. Raises InputError where the
     attack, or the kept epoch's line of log.jsonl, is missing.
     """
@@ -845,8 +847,8 @@ def read_finished(folder, attack, split):
 
 
 def draw_accuracy(ax, runs, attack, over):
-    """Clean and robust accuracy of rift over alpha, with adv at 0; or of all methods against each
-    other, a point for each beta."""
+    """Clean and robust accuracy of rift over alpha, with adv at 0; or, for every method, robust
+    against clean accuracy, a point for each beta."""
     from matplotlib.patheffects import withStroke       # not at the top: matplotlib is optional
     if over == "alpha":
         runs = [x for x in runs if x.run.method in ("adv", "rift")]
@@ -957,10 +959,7 @@ def plot(folders, path, attack, split):
         bars += "; for a single run's accuracy, its 95% interval"
     figure.suptitle(bars, size=9)
     with data.replacing(path) as tmp:
-        try:
-            figure.savefig(tmp, format=path.suffix[1:].lower() or "png", dpi=150)
-        except ValueError as error:
-            raise InputError(f"--plot {path}: {data.first_line(error)}") from None
+        figure.savefig(tmp, format=path.suffix[1:].lower() or "png", dpi=150)
     print(f"{path}: drawn from {', '.join(map(str, folders))}")
     for task, runs in tasks.items():
         show(f"Forgetting, {task}, dev texts at the kept epochs: mean over runs (lowest to "
@@ -1029,9 +1028,12 @@ def check_first(args):
                          "text never ends: wanted --max-queries N, such as 10000")
     if args.plot:
         try:
-            importlib.import_module("matplotlib.figure")
+            from matplotlib.figure import Figure        # not at the top: matplotlib is optional
         except ImportError:
             raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+        formats = Figure().canvas.get_supported_filetypes()
+        if (args.plot.suffix[1:].lower() or "png") not in formats:
+            raise InputError(f"{args.plot}: wanted one of the formats {', '.join(formats)}")
         if args.attacks and args.plot_attack not in (*args.attacks, "hull"):
             raise InputError(f"--plot-attack {args.plot_attack}: name it among --attacks as well "
                              "(what is finished is not attacked again)")

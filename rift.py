@@ -39,8 +39,8 @@ from torch import nn
 def position_ids(encoder, L):
     """Position ids (1, L) int64 of the L tokens of a text: from 0 in BERT, from 2 in RoBERTa.
 
-    They are passed explicitly, because hull() embeds candidates in a row that is no text; and
-    RoBERTa would count them from the token ids.
+    They are passed explicitly: hull() embeds candidates in one row that is no text, and RoBERTa
+    would count positions from its token ids.
     """
     first = getattr(encoder.embeddings, "padding_idx", -1) + 1
     return torch.arange(first, first + L, device=encoder.device).unsqueeze(0)

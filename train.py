@@ -72,13 +72,14 @@ def algorithm_1(model, batch, y, T, s):
     return rift.objective(outputs, s.method, vars(s))                   # L_task + alpha * L_info
 
 
-def train(model, task, vocabulary, s, folder, T, T_dev):
+def train(model, task, vocabulary, s, folder, started, T, T_dev):
     """Fine-tunes a model, keeps its best epoch on dev, and measures that once on test.
 
     model: a rift.RIFT on its device; task: a data.Task; vocabulary: a data.Vocabulary; s: settings,
     as parse() gives them, with method and seed; folder: of the run; it goes on from a checkpoint
-    there; T, T_dev: (n, H), the teacher's features of the training and dev texts. The teacher is
-    frozen and reads clean text only, so they are the same in every epoch.
+    there; started: the folder's identity() when it was opened; T, T_dev: (n, H), the teacher's
+    features of the training and dev texts. The teacher is frozen and reads clean text only, so they
+    are the same in every epoch.
     Writes log.jsonl, encoder/, model.safetensors and metrics.json. Raises InputError where a loss
     or a gradient is not finite, a batch is too small for the processes, a file cannot be written,
     or another train.py has started in the folder.
@@ -96,7 +97,6 @@ def train(model, task, vocabulary, s, folder, T, T_dev):
                                {"params": new, "weight_decay": s.weight_decay}],
                               lr=s.lr, eps=s.adam_eps, fused=True)
     log, best = load_checkpoint(folder, model, adamw)
-    started = identity(folder)
     if rank == 0 and log and best["epoch"] == len(log):
         # it may have been killed after it wrote the checkpoint and before it wrote this file
         data.save_tensors(folder / "best.safetensors", trained(model))
@@ -306,7 +306,8 @@ def open_folder(folder, config):
     """Prepares a run's folder; returns False if the run in it is finished, else True.
 
     A run that is there is resumed: without --resume, main() has refused it or removed its
-    config.json. Raises InputError where it has other settings, data or number of processes.
+    config.json. Raises InputError where it has other settings, texts, encoder, table or number of
+    processes.
     """
     if (folder / "config.json").exists():
         s, before = eval.settings_of(folder, finished=False)
@@ -319,7 +320,7 @@ def open_folder(folder, config):
             was = then.get(other[0])
             if other[0] in eval.INCIDENTAL:             # a path, perhaps the same as now
                 was = f"{was}, whose content was another one"
-            # also without --resume, if another train.py has started a run here just now
+            # without --resume too, if another train.py has started a run after check_first()
             raise InputError(f"{folder}: the run in it was started with {other[0]} {was}, and goes "
                              f"on with the same only, not {now[other[0]]}")
         config = before
@@ -429,6 +430,7 @@ def run(task, table, fingerprints, s, folder, teacher_features):
     with first_process_first():                         # the others wait until the folder is ready
         if rank == 0 and open_folder(folder, config):
             data.write_json(folder / "neighbors.json", table)
+        started = identity(folder)
     if (folder / "metrics.json").exists():              # finished already: every process sees that
         return
     model = rift.RIFT(encoder, len(task.labels), s.pooling, s.method == "rift-marginal",
@@ -447,7 +449,7 @@ def run(task, table, fingerprints, s, folder, teacher_features):
         counts = Counter(task.labels[x.y] for x in task.train)
         classes = ", ".join(f"{counts[label]:,} {label}" for label in task.labels)
         print(f"{folder}: trains on {classes}; dev {len(task.dev):,}, test {len(task.test):,}")
-    train(model, task, vocabulary, s, folder, *teacher_features[digest])
+    train(model, task, vocabulary, s, folder, started, *teacher_features[digest])
 
 
 def warn(vocabulary, task):
@@ -540,13 +542,15 @@ def parse(argv):
     flag("--method", nargs="+", choices=rift.METHODS, metavar="NAME",
          help=f"one or more of {', '.join(rift.METHODS)}; they train one after another")
     flag("--seeds", nargs="+", type=number(int, 0, 2**32 - 1), default=[0], metavar="S",
-         help="one run for each; it seeds heads, batches, dropout and the adversary's noise")
+         help="one run for each; it seeds heads, batches, dropout, mixout, the adversary's noise, "
+         "and a pooler that was never trained")
     flag("--model", metavar="NAME_OR_DIR",
          help="a BERT or RoBERTa encoder, on the hub or in a folder")
     flag("--pooling", choices=("pooler", "mean"), help="S and T: the encoder's pooler, or the mean "
          "over tokens")
     flag("--unknown-words", choices=("piece", "unk"), default="piece",
-         help="a word outside the vocabulary becomes its first piece, or [UNK] (authors' code)")
+         help="a word outside the vocabulary becomes its first piece, or [UNK] (authors' code, for "
+         "BERT)")
     flag("--device", metavar="NAME", help="cpu, cuda:0, ..; None: a GPU if there is one")
     flag("--precision", choices=("auto", "fp32", "bf16"), default="auto",
          help="format of the encoder's numbers (losses: fp32); auto: bf16 on GPUs that have it")
@@ -557,11 +561,11 @@ def parse(argv):
          "vectors .txt or .zip, or a .json {word: [synonym, ..]} of single lower-case words; the "
          "toy has its own")
     flag("--train-size", type=positive, metavar="N",
-         help="training texts to use, equally many of each class; None: all")
+         help="training texts to use, equally many of each class; None: all (toy: 128)")
     flag("--dev-size", type=positive, metavar="N", help="dev texts, which choose the epoch; None: "
-         "all, or where there is no dev set a tenth of train, at most 1000")
+         "all (toy: 80), or where there is no dev set a tenth of train, at most 1000")
     flag("--test-size", type=positive, metavar="N",
-         help="test texts to use, equally many of each class; None: all")
+         help="test texts to use, equally many of each class; None: all (toy: 200)")
     flag("--split-seed", type=number(int, 0), default=0, metavar="S",
          help="chooses the subsets, the same for every method and seed")
     flag("--max-len", type=number(int, 4), metavar="L",

@@ -441,6 +441,7 @@ CAN_CHANGE = dict(synonyms={"w1": ["w2"]})
     (CAN_CHANGE | dict(method=lambda words, y, synonyms, rng: words),
      r"<lambda> returned \('w1', 'w2'\): expected a generator"),
     (CAN_CHANGE | dict(method=ends_with(("w2", "w2"), ["w2 w2"])), "wants 'w2.*tuple of words"),
+    (CAN_CHANGE | dict(method=ends_with(("w2", "w2"), None)), "yielded None: expected a list of"),
 ])
 def test_what_cannot_be_attacked_is_refused(change, message):
     good = dict(victim=returns(sure), examples=[(7, "w1 w2", 0)], method=pwws, synonyms={})

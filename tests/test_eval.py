@@ -277,11 +277,12 @@ def test_the_table_recounts_the_lines_of_the_attacks(capsys, tmp_path):
                              substitutable=0)
     wrong = dict(index=7, label=1, original="bad", adversarial="bad", prediction=0)
     x, empty = evaluation(0.5, 0.25), evaluation(0, 0, seed=1)
-    x.lines["pwws"], x.settings["pwws"]["max_queries"] = [fooled, survived], 20
+    x.lines["pwws"] = [fooled, survived]
+    x.settings["pwws"] |= {"unknown": "my_null", "max_queries": 20}
     x.wrong.append(wrong)
     out = report(capsys, x, empty, more=["--csv", tmp_path / "texts.csv"])
     head, row, nothing = out.splitlines()[2:5]
-    assert "pwws (unknown NULL, max queries 20)" in head
+    assert "pwws (unknown my_null, max queries 20)" in head
     assert row.split() == ["runs/adv-0", "100", "0.500", "[0.404,", "0.596]", "0.250", "[0.175,",
                            "0.343]", "1.0%", "66.7%", "6", "50.0%"]
     assert nothing.split()[4:] == ["0.037]", "0.000", "[0.000,", "0.037]", "0.0%", *"---"]
@@ -326,8 +327,9 @@ def test_several_betas_are_compared_along_the_trade_off(capsys, few_draws):
     assert "beta 6, beyond the ends of adv's curve: +0.300 [" in beyond and "]*" not in beyond
     starred, = [x for x in report(capsys, *runs[1:]).splitlines() if x.startswith("rift against")]
     assert starred.endswith("]*")                               # adv has one run with beta 2
-    twice = [evaluation(0.9, 0.1, beta=beta, lr=lr) for beta in (2, 5) for lr in (1, 2)]
-    assert "adv has several: adv lr 1, adv lr 2\n" in report(capsys, *twice, *more)
+    twice = [evaluation(0.9, 0.1, beta=beta, lr=lr) for beta in (2, 5) for lr in (1, None)]
+    said = report(capsys, *twice, *more)
+    assert "adv has several: adv lr 1, adv\n" in said and "at the same clean" not in said
 
 
 # ---- Evaluations ---------------------------------------------------------------------------------

@@ -266,7 +266,7 @@ BAD_EVAL = [
     ({}, "--plot no/figure.png", "no/figure.png: wanted the name of a file in a folder that"),
     ({}, "--attacks exhaustive", "--attacks exhaustive tries every combination of swaps"),
     ({}, "--attacks genetic --lm-constraint bert", "lm-constraint bert: neither none, scores nor"),
-    ({}, "--plot figure.docx", "figure.docx: Format 'docx' is not supported"),
+    ({}, "--attacks pwws --plot figure.docx", "figure.docx: wanted one of the formats "),
     ({}, "--plot x.png --plot-attack genetic", "on test was without genetic: first run eval.py"),
     ({}, "--attacks pwws --plot x.png --plot-attack genetic", "name it among --attacks as well"),
     ({RUN: None}, "", f"{RUN}: not a run of train.py, it has no config.json"),

@@ -551,23 +551,24 @@ def test_seeds_are_one_method_also_where_the_pooler_was_never_trained(task, tmp_
     assert [log_of(run)[0]["dev_cka"] for run in (a, b)] == pytest.approx([1, 1], abs=1e-3)
 
 
-def test_an_older_command_notices_that_another_one_has_taken_its_folder(task, bert, tmp_path,
-                                                                        capsys, monkeypatch):
+@pytest.mark.parametrize("moment", ["warn", "measure"])         # before the first epoch, after it
+def test_an_older_command_notices_that_another_one_has_taken_its_folder(
+        task, bert, tmp_path, capsys, monkeypatch, moment):
     """It stops with one line, before it writes anything between the other one's files."""
     arguments = command(task, bert, tmp_path / "runs", "--method standard --overwrite")
-    measure, after = train.measure, []
+    real, after = getattr(train, moment), []
 
     def files():
         paths = sorted((tmp_path / "runs").rglob("*"))
         return {path: path.read_bytes() for path in paths if path.is_file()}
 
     def meanwhile(*args):
-        monkeypatch.setattr(train, "measure", measure)
+        monkeypatch.setattr(train, moment, real)
         train.main([*arguments, "--seeds", "5"])
         after.append(files())
-        return measure(*args)
+        return real(*args)
 
-    monkeypatch.setattr(train, "measure", meanwhile)
+    monkeypatch.setattr(train, moment, meanwhile)
     assert "another train.py has started in it meanwhile" in stopped(capsys, arguments, 2)
     assert after == [files()]
     assert data.read_json(tmp_path / "runs" / "standard" / "metrics.json")["seed"] == 5
