@@ -567,15 +567,15 @@ def read_folder(path):
     """(labels, {split: [(texts, y), ..]}) of train.tsv, test.tsv and perhaps dev.tsv.
 
     Their header is `label TAB text` or `label TAB text TAB text2`. Labels are any strings, but no
-    two of them may differ only in case, in the space around them or as spellings of one number (1,
-    1.0); the classes are in their sorted order. A text may be empty; it holds no tabs and no line
-    breaks, and there is no quoting.
+    two of them may differ only in case, in the space around them or in a ".0" at the end; the
+    classes are in their sorted order. A text may be empty; it holds no tabs and no line breaks, and
+    there is no quoting.
     """
     if not path.is_dir():
         raise InputError(f"{path.absolute()}: no such folder; wanted one with train.tsv and "
                          "test.tsv, or the name of a public task, imdb, snli or toy")
     headers, labels, splits = ["label\ttext", "label\ttext\ttext2"], None, {}
-    spelling = {}   # label, in lower case or as a number -> as it was written first, spaces and all
+    spelling = {}   # label, in lower case and without ".0" -> as it was written first
     for split in ("train", "dev", "test") if (path / "dev.tsv").exists() else ("train", "test"):
         where = path / f"{split}.tsv"
         header, *lines = text_of(where).replace("\r\n", "\n").removesuffix("\n").split("\n")
@@ -595,13 +595,11 @@ def read_folder(path):
                 if field[:1] == field[-1:] == '"' and '""' in field[1:-1]:
                     raise InputError(f"{at}: {field[:80]!r} is quoted, wanted the text as it is; "
                                      "write the file with quoting=csv.QUOTE_NONE")
-            with suppress(ValueError):
-                label = float(label)    # so that "1" and "1.0" are compared as one label
-            first = spelling.setdefault(str(label).lower(), row[0])
+            first = spelling.setdefault(label.lower().removesuffix(".0"), row[0])
             if row[0] != first:
                 raise InputError(f"{at}: label {row[0]!r} is {first!r} further up: wanted one "
                                  "spelling for one class")
-            if row[0].strip() not in labels:
+            if label not in labels:
                 raise InputError(f"{at}: label {row[0]!r} does not occur in train.tsv")
         if len(labels) < 2:
             raise InputError(f"{where}: only one class, {labels[0]!r}; wanted at least 2")

@@ -402,15 +402,17 @@ def test_the_published_table_is_the_default_and_only_a_download_needs_its_checks
 
 
 def test_a_given_dev_split_pairs_bom_crlf_and_spaces_around_labels_are_read(tmp_path, plain_words):
-    """Quotation marks that belong to a text stay."""
+    """Quotation marks that belong to a text stay. Labels are strings, not numbers."""
+    labels = ["1.1", "1.10"]
     for split in ("train", "dev", "test"):
-        rows = [f' {y} \t"A" {split}\t"B  {y}"\r\n' for y in "1010"] + [" 0 \t\t\r\n"]
+        rows = [f' {labels[y]} \t"A" {split}\t"B  {y}"\r\n' for y in (1, 0, 1, 0)]
+        rows += [" 1.1 \t\t\r\n"]
         content = "\ufefflabel\ttext\ttext2\r\n" + "".join(rows)
         (tmp_path / f"{split}.tsv").write_bytes(content.encode())
     task = data.load_task(tmp_path)
     expected = {data.Example((('"a"', "dev"), ('"b', f'{y}"')), int(y)): 2 for y in "01"}
     assert Counter(task.dev) == expected | {data.Example(((), ()), 0): 1}
-    assert len(task.train) == 5 and task.labels == ["0", "1"]
+    assert len(task.train) == 5 and task.labels == labels
 
 
 @pytest.mark.parametrize("change, message", [
