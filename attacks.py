@@ -186,7 +186,8 @@ def attack(victim, examples, method, synonyms, *, seed=0, batch_size=64, in_flig
                  may have these attributes. `key`, text -> bytes or str: what the model really sees,
                  such as its token ids; of an example's texts with the same key only one is sent.
                  `visible`, text -> how many words of the changeable text it sees. `labels`: its
-                 classes in order, a list or an array such as scikit-learn's classes_.
+                 classes in order, a list or an array such as scikit-learn's classes_ (of a run
+                 they are strings, also "1").
     examples:    iterable, read lazily, of (index, text, y). A text is lower-case words joined by
                  single spaces; of a pair, a tuple (premise, hypothesis), only the second changes. y
                  is one of the victim's labels or, unless these are numbers, the class number. Mind
@@ -367,9 +368,10 @@ def class_of(y, index, labels, C):
         if len(labels) != C:
             raise ValueError(f"the victim returns {C} probabilities for a text, but has the labels "
                              f"{labels}: expected {C} of them")
-        if isinstance(y, (str, int)) and y in labels:
+        if isinstance(y, (str, int, float)) and y in labels:
             return labels.index(y)
-        numbered = not any(isinstance(label, int) for label in labels)  # else 1 could mean either
+        # if the labels are numbers, 1 could mean either
+        numbered = not any(isinstance(label, (int, float)) for label in labels)
         right = f"{right} or one of {labels}" if numbered else f"one of {labels}"
     if numbered and isinstance(y, int) and not isinstance(y, bool) and 0 <= y < C:
         return int(y)

@@ -407,7 +407,7 @@ def substitutes(words, table):
     for before, word, after in zip(("", *words), words, (*words[1:], "")):
         piece = (word in CONTRACTIONS or (word in BEFORE_NOT and after == "n't")
                  or (word in AFTER_APOSTROPHE and before == "'"))
-        out.append([] if piece else list(table.get(word, ())))
+        out.append([] if piece else [other for other in table.get(word, ()) if other != word])
     return out
 
 

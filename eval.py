@@ -272,7 +272,8 @@ def bootstrap(statistic, *groups, draws=10_000, seed=0):
 # ---- Attacking runs ------------------------------------------------------------------------------
 
 # To add an attack, write it like attacks.pwws and add its line here. A keyword argument of it that
-# the command line sets has a flag in parse() and a place in keywords().
+# the command line sets has a flag in parse() and a place in keywords(); its defaults go into
+# eval.json, so they have to be JSON values.
 ATTACKS = {
     "pwws": attacks.pwws,
     "genetic": attacks.genetic,                     # with the synonyms that --lm-constraint leaves
@@ -368,7 +369,7 @@ def keywords(name, s, args):
         return search_settings(s)
     flags = {"population": args.population, "generations": args.generations}
     parameters = inspect.signature(ATTACKS[name]).parameters.values()
-    return {p.name: flags.get(p.name, p.default) for p in parameters
+    return {p.name: p.default if flags.get(p.name) is None else flags[p.name] for p in parameters
             if p.default is not p.empty and p.name != "rng"}
 
 
@@ -403,20 +404,18 @@ def run_attack(name, victim, table, plan, texts, pending, s, args):
                               batch_size=args.batch_size, max_queries=args.max_queries)
 
 
-def conditions(folder, s, precision, tables, plan, args):
+def conditions(folder, s, precision, tables, plan, args, before):
     """The settings and weights that an outcome depends on: {"clean": what all attacks share,
     attack: its own}. Not recorded are the attack's code (after a change give --overwrite) and the
     batches, which in bf16 can decide about a text that is barely right.
 
-    If what all attacks share is the same as in eval.json, an attack there that is not asked for
-    today keeps its settings; evaluate() then keeps its result.
+    before: what is in eval.json. If what all attacks share is the same there, an attack there that
+    is not asked for today keeps its settings; evaluate() then keeps its result.
     """
     paths = folder / "encoder" / "model.safetensors", folder / "model.safetensors"
     weights = data.fingerprint(b"".join(path.read_bytes() for path in paths))
     shared = plan.settings | {"precision": precision, "weights": weights}
-    path = folder / files_of(args.split)[0]
-    earlier = data.read_json(path).get("settings") if path.exists() else None
-    settings = {"clean": shared}
+    settings, earlier = {"clean": shared}, before.get("settings")
     if isinstance(earlier, dict) and earlier.get("clean") == shared:
         settings |= earlier
     for name in args.attacks:
@@ -456,7 +455,9 @@ def evaluate(folder, plan, args):
     tables = dict.fromkeys(args.attacks, victim.vocabulary.neighbors)
     tables["pwws-wordnet"] = plan.wordnet
     precision = data.pick_precision(args.precision or s.precision, victim.device)
-    settings = conditions(folder, s, precision, tables, plan, args)
+    eval_path, lines_path = (folder / name for name in files_of(args.split))
+    before = data.read_json(eval_path) if eval_path.exists() else {}
+    settings = conditions(folder, s, precision, tables, plan, args, before)
 
     texts = {i: data.to_text(victim.vocabulary.visible(x.words)) for i, x in plan.chosen.items()}
     P = attacks.check_probabilities(victim(list(texts.values())), len(texts))   # (N, C)
@@ -465,7 +466,6 @@ def evaluate(folder, plan, args):
     wrong = [dict(index=i, label=y, original=text, adversarial=text, prediction=int(p))
              for (i, text), y, p in zip(texts.items(), labels, predictions) if p != y]
 
-    eval_path, lines_path = (folder / name for name in files_of(args.split))
     marks = {name: data.fingerprint([name, settings["clean"], settings[name]])
              for name in settings if name != "clean"}
     # done: {attack: {index: line}}, made with today's settings; of an attack that is not asked for
@@ -501,9 +501,9 @@ def evaluate(folder, plan, args):
     data.write_json(eval_path, scores | {
         "num_examples": len(texts), "settings": {name: settings[name] for name in robust}})
     if args.split == "test":            # "clean" and "hull" there stay those of all test texts
-        black_box = ATTACKS.keys() - {"hull"}
-        rest = {key: value for key, value in metrics.items() if key not in black_box}
-        now = {key: value for key, value in scores.items() if key in black_box}
+        older = (ATTACKS.keys() | before.keys()) - {"clean", "hull"}
+        rest = {key: value for key, value in metrics.items() if key not in older}
+        now = {key: value for key, value in scores.items() if key not in rest}
         data.write_json(folder / "metrics.json", rest | now)
     lines = {name: [done[name][i] for i in attacked] for name in args.attacks}
     return Evaluation(str(folder), s, config["labels"], robust, lines, settings, wrong)
@@ -595,12 +595,12 @@ def own_settings(s, *varying):
     settings, and mixout, tau and the weights of terms where its method has none: adv at two values
     of alpha is one and the same.
     """
-    weights = {weight for terms in rift.METHODS.values() for weight in terms.values()}
-    unused = weights - set(rift.METHODS[s.method].values())             # such as {"alpha"}
-    if s.method != "adv-mixout":
-        unused.add("mixout")
-    if rift.info not in rift.METHODS[s.method]:
-        unused.add("tau")
+    terms = rift.METHODS[s.method]
+    unused = {"alpha", "beta", "ptwd", "mixout", "tau"} - set(terms.values())
+    if s.method == "adv-mixout":
+        unused.discard("mixout")
+    if terms.keys() - {rift.ce, rift.kl, rift.ptwd}:    # a term that may compute f_c
+        unused.discard("tau")
     # None: the flag was not given
     return s.fingerprints | {
         key: value for key, value in vars(s).items() if value is not None
@@ -743,8 +743,9 @@ def tradeoffs(group, names):
     The mean is over the betas whose mean clean accuracy lies within adv's range. A beta beyond it
     can only be compared with the end of adv's curve, and has a line of its own.
     """
-    by_beta = {curve: by_weight(runs, "beta") for curve, runs in by_settings(group, "beta").items()}
-    references = [curve for curve in by_beta if curve.split()[0] == "adv"]
+    settings = by_settings(group, "beta")
+    by_beta = {curve: by_weight(runs, "beta") for curve, runs in settings.items()}
+    references = [curve for curve, runs in settings.items() if runs[0].run.method == "adv"]
     if len(references) > 1:
         yield f"\nNo gain over adv's curve, because adv has several: {', '.join(references)}"
         return
@@ -982,10 +983,10 @@ def parse(argv):
          help="texts to attack; paper: 1000, authors' code: 300")
     flag("--split", choices=("test", "dev"), default="test",
          help="dev to choose settings by, test to report")
-    flag("--population", type=data.number(int, 2), default=60, metavar="N",
-         help="texts in a generation of the genetic attack")
-    flag("--generations", type=positive, default=40, metavar="N",
-         help="generations of the genetic attack")
+    flag("--population", type=data.number(int, 2), metavar="N",
+         help="texts in a generation of the genetic attack; None: the attack's own number, 60")
+    flag("--generations", type=positive, metavar="N",
+         help="generations of the genetic attack; None: the attack's own number, 40")
     flag("--lm-constraint", metavar="SOURCE", help="judges which synonyms the genetic attack may "
          "use: none, scores (the published file; all attacks then use texts that it knows) or a "
          "causal language model's name or folder; by default, with genetic, scores for imdb and "

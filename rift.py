@@ -223,8 +223,9 @@ def adversary(encoder, head, input_ids, attention_mask, subs, subs_mask, v, y=No
     q(.|F_s(x^)) ), which compares with the model's own prediction. With y (B,) int64 it is
     -log q(y|F_s(x^)). Both are summed over the batch. The entropy term pushes w towards a single
     word; its divisor is the authors' constant, whatever the shape.
-    head: (B, H) -> (B, C) logits; v: (B, L, K), the start, see noise(); weight_decay: L2 on v; the
-    rest as in hull() and features(). Dropout is off and no parameter gets a gradient meanwhile.
+    head: a module, (B, H) -> (B, C) logits; v: (B, L, K), the start, see noise(); weight_decay: L2
+    on v; the rest as in hull() and features(). Dropout is off and no parameter gets a gradient
+    meanwhile.
     Returns w (B, L, K) float32, rows on the simplex, without a gradient.
     """
     # without gradients for them, torch keeps less of each forward pass
@@ -367,7 +368,9 @@ def debiased_cka(S, T):
         raise ValueError(f"debiased CKA needs at least 4 texts, not {N}")
     if any((X - X.mean(0)).norm() <= 1e-5 * X.norm() for X in (S, T)):
         return 0.0                                      # what is left of it is rounding
-    K, M = ((X @ X.T).fill_diagonal_(0) for X in (S.double(), T.double()))     # (N, N)
+    # centred: HSIC_1 is the same without that, but not after rounding, if S or T hardly varies
+    S, T = (X.double() - X.double().mean(0) for X in (S, T))
+    K, M = ((X @ X.T).fill_diagonal_(0) for X in (S, T))                        # (N, N)
 
     def hsic(A, B):
         a, b = A.sum(0), B.sum(0)                                               # (N,)
@@ -446,7 +449,7 @@ class RIFT(nn.Module):
         H = encoder.config.hidden_size
         self.pooling, self.marginal, self.dtype, self.p_mixout = pooling, marginal, dtype, p_mixout
         self.encoder, self.tau = encoder, tau
-        self.teacher = copy.deepcopy(encoder).requires_grad_(False)
+        self.teacher = copy.deepcopy(encoder).requires_grad_(False).eval()
         self.head = mlp(H, 256, C)
         self.g = nn.ModuleList(mlp(H, 512, 256) for _ in range(1 if marginal else C))
         self.h = nn.ModuleList(mlp(H, 512, 256) for _ in range(1 if marginal else C))
@@ -547,7 +550,7 @@ def objective(o, method, weight):
     Returns {"loss": the weighted sum, and each term's name: its value}, scalars.
     Raises ValueError for a name that is none of these settings.
     """
-    terms, loss = {}, 0
+    terms, loss = {"loss": None}, 0         # it comes first in a line of the log
     for term, factor in METHODS[method].items():
         if isinstance(factor, str) and factor not in weight:
             raise ValueError(f"METHODS[{method!r}] weighs {term.__name__} with {factor!r}, "
@@ -555,4 +558,5 @@ def objective(o, method, weight):
         terms[term.__name__] = term(o)
         number = weight[factor] if isinstance(factor, str) else factor
         loss = loss + number * terms[term.__name__]
-    return {"loss": loss} | terms
+    terms["loss"] = loss
+    return terms

@@ -424,8 +424,8 @@ CAN_CHANGE = dict(synonyms={"w1": ["w2"]})
     (dict(victim=returns(sure, ["neg", "pos"]), examples=[(7, "w1 w2", "good")]),
      r"label 'good': expected .* or one of \['neg', 'pos'\]"),
     (dict(victim=returns(sure, ["a", "b", "c"])), "returns 2 probabilities .* 'c'.*expected 2"),
-    (dict(victim=returns(sure, np.array([1, 2])), examples=[(7, "w1 w2", 0)]),
-     r"label 0: expected one of \[1, 2\]"),
+    *[(dict(victim=returns(sure, np.array(labels)), examples=[(7, "w1 w2", 0)]),
+       r"label 0: expected one of \[1.*, 2.*\]") for labels in ([1, 2], [1.0, 2.0])],
     (CAN_CHANGE | dict(victim=returns(lambda N, C=itertools.count(2): np.eye(next(C))[[0] * N])),
      "returned 3 probabilities .* but 2 for earlier"),
     *[(dict(synonyms=lambda index, words, wrong=wrong: wrong),
@@ -456,7 +456,8 @@ NAMES = np.array(["neg", "pos"])
 @pytest.mark.parametrize("kind, labels, form", [
     (int, ["neg", "pos"], np.ndarray.tolist), (np.uint8, NAMES, np.ndarray.tolist),
     (NAMES.tolist().__getitem__, NAMES, np.array), (NAMES.__getitem__, ("neg", "pos"), list),
-    ([1, 2].__getitem__, np.array([1, 2]), list), (np.bool_, np.array([False, True]), list),
+    ([1, 2].__getitem__, np.array([1, 2]), list),
+    ([0.5, 1.0].__getitem__, np.array([0.5, 1.0]), list), (np.bool_, np.array([False, True]), list),
     (torch.tensor, None, with_gradients), (torch.tensor, None, lambda P: list(with_gradients(P)))])
 def test_labels_and_probabilities_may_be_of_any_kind_and_results_are_plain(kind, labels, form):
     """Labels may be names too, or a scikit-learn classifier's classes_."""

@@ -296,6 +296,7 @@ def test_pieces_of_contractions_are_not_substituted_but_words_of_that_spelling_a
     words = "i ca n't do it 's ca ' ll ll m wo n't ai".split()
     changeable = [word for word, others in zip(words, data.substitutes(words, table)) if others]
     assert changeable == ["do", "it", "ca", "ll", "m", "ai"]
+    assert data.substitutes(("a", "b"), {"a": ["a", "c"], "b": ["b"]}) == [["c"], []]
     assert data.substitutes((), table) == []
 
 

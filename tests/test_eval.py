@@ -257,6 +257,15 @@ def test_runs_are_averaged_over_seeds_only():
                                                 "adv encoder 0/toy (anothe)": [other]}
 
 
+@pytest.mark.parametrize("method, setting", [
+    ("own", "sparsity"), ("own", "mixout"), ("own", "tau"), ("adv", "sparsity")])
+def test_runs_of_an_added_method_differ_in_its_weights_and_in_tau(monkeypatch, method, setting):
+    """Its term may be a score with tau. What is a weight there stays a setting of other methods."""
+    monkeypatch.setitem(eval.rift.METHODS, "own", {len: "sparsity", max: "mixout"})
+    runs = [evaluation(0.5, 0.5, method, **{setting: value}) for value in (1, 2)]
+    assert len(eval.by_settings(runs)) == 2
+
+
 def report(capsys, *evaluations, more=()):
     eval.report([list(evaluations)], eval.parse(["runs", "--attacks", "pwws", *map(str, more)]))
     return capsys.readouterr().out
@@ -572,6 +581,8 @@ def test_another_attack_is_one_function_and_one_line(runs, monkeypatch, capsys):
     monkeypatch.delitem(eval.ATTACKS, "mine")
     evaluate(run, "--attacks", "pwws")
     assert [line for line in lines_of(run) if line["attack"] == "mine"] == lines
+    evaluate(run, "--attacks", "pwws", "--seed", 1)             # perhaps of other texts
+    assert "mine" not in data.read_json(run / "metrics.json")
 
 
 # ---- Tables and constraints ----------------------------------------------------------------------

@@ -378,6 +378,7 @@ def test_the_teacher_is_frozen_and_never_drops_out(encoder):
     """A copy of the encoder (RoBERTa's random pooler too), in eval mode, without gradients. All
     else learns, and each class has projections of its own: two layers, weight and bias. The encoder
     does drop out, on clean texts and in the hull."""
+    assert not any(m.training for m in rift.RIFT(encoder.train(), 2).teacher.modules())
     model, batch = rift.RIFT(encoder, 2).train(), example(encoder)
     assert len({*model.g.parameters(), *model.h.parameters()}) == 2 * 2 * 4
     assert model.encoder.training and not any(m.training for m in model.teacher.modules())
@@ -411,6 +412,14 @@ def test_a_method_is_the_weighted_sum_of_its_terms_and_computes_no_other(method,
     assert torch.allclose(terms["loss"], sum(right[name] * terms[name] for name in right))
 
 
+def test_the_loss_is_the_weighted_sum_whatever_the_name_of_a_term(monkeypatch):
+    def loss(o):
+        return torch.tensor(7.0)
+
+    monkeypatch.setitem(rift.METHODS, "own", {loss: 2})
+    assert rift.objective(None, "own", {})["loss"] == 14
+
+
 # ---- How much was forgotten ----------------------------------------------------------------------
 
 
@@ -419,7 +428,7 @@ def test_debiased_cka_is_0_for_texts_in_another_order():
     # as encoders make them: a few directions hold most of the variance
     T = torch.randn(300, 384, generator=seeded(0)) / torch.arange(1, 385) ** 0.25
     rotation = torch.linalg.qr(torch.randn(384, 384, generator=seeded(1))).Q
-    assert rift.debiased_cka(3 * T @ rotation + 5, T) == pytest.approx(1, abs=1e-3)
+    assert rift.debiased_cka(3 * T @ rotation + 1e4, T) == pytest.approx(1, abs=1e-3)
     orders = [torch.randperm(300, generator=seeded(i)) for i in range(10)]
     X = T - T.mean(0)
     plain = [((X[o].T @ X).norm() ** 2 / (X.T @ X).norm() ** 2).item() for o in orders]

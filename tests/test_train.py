@@ -10,6 +10,7 @@ import itertools
 import math
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -245,7 +246,7 @@ def test_slices_share_a_batch_out(C, N, size):
 @pytest.mark.parametrize("task, own", [
     ("imdb", dict(beta=10, alpha=0.1, batch_size=32, max_len=300)),
     ("snli", dict(beta=5, alpha=0.7, batch_size=120, max_len=80))])
-def test_the_defaults_are_the_papers(task, own):
+def test_the_defaults_are_the_papers(monkeypatch, task, own):
     _, s = train.parse(["--task", task])
     s = vars(s)
     assert {key: s[key] for key in own} == own
@@ -256,7 +257,11 @@ def test_the_defaults_are_the_papers(task, own):
     assert {key: s[key] for key in paper} == paper
     assert s["neighbors"] == "published"
     s = eval.parse(["runs", "--attacks", "genetic"])
-    assert (s.num_examples, s.population, s.generations) == (300, 60, 40)
+    assert s.num_examples == 300
+    assert eval.keywords("genetic", None, s) == dict(population=60, generations=40)
+    small = partial(attacks.genetic, population=4)              # an attack with numbers of its own
+    monkeypatch.setitem(eval.ATTACKS, "small", small)
+    assert eval.keywords("small", None, s) == dict(population=4, generations=40)
     assert eval.constraint(SimpleNamespace(task=task), s) == "scores"   # of the genetic attack only
     assert eval.constraint(SimpleNamespace(task=task), eval.parse(["runs"])) == "none"
     in_functions = {
