@@ -400,8 +400,8 @@ def from_text(text):
 def substitutes(words, table):
     """The substitutes of each of a text's n words: a list of n lists, empty where there are none.
 
-    table: {word: list of words}. Pieces of contractions have none, because they are no words (`ca`
-    is one only before `n't`, `ll` only after an apostrophe).
+    table: {word: list of words}; a word is no substitute of its own. Pieces of contractions have
+    none, because they are no words (`ca` is one only before `n't`, `ll` only after an apostrophe).
     """
     out = []
     for before, word, after in zip(("", *words), words, (*words[1:], "")):
