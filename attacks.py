@@ -517,7 +517,7 @@ class CausalLM:
             logits = self.model(input_ids=x.clamp(min=0), attention_mask=(x >= 0).long()).logits
             logits = logits[:, :-1].transpose(1, 2)                             # (B, V, L-1)
             nll = F.cross_entropy(logits, x[:, 1:], reduction="none", ignore_index=-100)  # (B, L-1)
-            log_p[rows] = -nll.sum(dim=1).double().cpu().numpy()
+            log_p[rows] = -nll.sum(dim=1).cpu().double().numpy()
         return log_p
 
 

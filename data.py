@@ -13,6 +13,7 @@ import functools
 import gzip
 import hashlib
 import http.client
+import inspect
 import io
 import itertools
 import json
@@ -345,7 +346,7 @@ def prepare_nltk(data_dir=None, wordnet=False):
 
 # ---- Words ---------------------------------------------------------------------------------------
 
-# Pieces of contractions, as word_tokenize splits them
+# Pieces of contractions with an apostrophe, as word_tokenize splits them
 CONTRACTIONS = {"n't", "'ll", "'re", "'ve", "'d", "'m", "'s"}     # she 'll
 BEFORE_NOT = {"ca", "wo", "sha", "ai"}                             # ca n't
 AFTER_APOSTROPHE = {"ll", "re", "ve", "d", "m", "s"}               # sometimes she ' ll
@@ -380,7 +381,8 @@ def tokenize(texts):
     def compute():
         return [" ".join(words_of(text)) for text in tqdm(texts, "words", delay=2, disable=None)]
 
-    key = fingerprint([nltk.__version__, list(map(clean, texts))])
+    code = inspect.getsource(words_of)      # who changes it gets other words
+    key = fingerprint([nltk.__version__, code, list(map(clean, texts))])
     lines = cached(f"words-{key[:32]}.json", compute)
     # a word is one object, however often it occurs
     return {text: tuple(map(sys.intern, line.split())) for text, line in zip(texts, lines)}
@@ -400,8 +402,9 @@ def from_text(text):
 def substitutes(words, table):
     """The substitutes of each of a text's n words: a list of n lists, empty where there are none.
 
-    table: {word: list of words}; a word is no substitute of its own. Pieces of contractions have
-    none, because they are no words (`ca` is one only before `n't`, `ll` only after an apostrophe).
+    table: {word: list of words}; a word is no substitute of its own. Pieces of contractions with an
+    apostrophe have none: they are no words (`ca` is one only before `n't`, `ll` only after an
+    apostrophe). Those of `wanna`, `gonna` and the like may have some.
     """
     out = []
     for before, word, after in zip(("", *words), words, (*words[1:], "")):
@@ -708,7 +711,8 @@ def wordnet_neighbors(words):
                 table[word] = synonyms
         return table
 
-    key = fingerprint([wordnet.get_version(), sorted(CLOSED_CLASS), words])
+    code = inspect.getsource(wordnet_neighbors)
+    key = fingerprint([wordnet.get_version(), code, sorted(CLOSED_CLASS), words])
     return cached(f"wordnet-{key[:32]}.json", compute)
 
 
@@ -743,7 +747,8 @@ def vector_neighbors(path, counts, k=8, max_sq_dist=0.5, vocabulary=50_000, skip
         return table
 
     with reading(path):
-        key = fingerprint([fingerprint(path.read_bytes()), k, max_sq_dist, skip, ranked])
+        code = inspect.getsource(vector_neighbors)
+        key = fingerprint([fingerprint(path.read_bytes()), code, k, max_sq_dist, skip, ranked])
     return cached(f"neighbors-{key[:32]}.json", compute)
 
 
@@ -924,7 +929,7 @@ def balanced_batches(y, lengths, batch_size, rng, window=50):
     """
     y, lengths = np.asarray(y), np.asarray(lengths)
     classes, sizes = np.unique(y, return_counts=True)
-    per = batch_size // max(len(classes), 1)    # of each class in a batch
+    per = batch_size // len(classes)            # of each class in a batch
     if len(classes) < 2 or min(sizes) < 2 or per < 2:
         raise InputError(f"batches of {batch_size} from classes of {sizes.tolist()} examples: "
                          "wanted at least 2 classes and 2 examples of each in a batch")

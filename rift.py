@@ -368,16 +368,18 @@ def debiased_cka(S, T):
         raise ValueError(f"debiased CKA needs at least 4 texts, not {N}")
     if any((X - X.mean(0)).norm() <= 1e-5 * X.norm() for X in (S, T)):
         return 0.0                                      # what is left of it is rounding
-    # centred: HSIC_1 is the same without that, but not after rounding, if S or T hardly varies
-    S, T = (X.double() - X.double().mean(0) for X in (S, T))
-    K, M = ((X @ X.T).fill_diagonal_(0) for X in (S, T))                        # (N, N)
+    S, T = S.cpu().double(), T.cpu().double()           # not every accelerator has float64
+    S, T = S - S.mean(0), T - T.mean(0)                 # HSIC_1 stays the same
 
-    def hsic(A, B):
-        a, b = A.sum(0), B.sum(0)                                               # (N,)
-        # without the factor 1 / (N (N - 3)), which cancels
-        return (A * B).sum() + a.sum() * b.sum() / ((N - 1) * (N - 2)) - 2 / (N - 2) * (a @ b)
+    def hsic(X, Y):
+        """HSIC_1(XX', YY') without the factor 1 / (N (N - 3)), which cancels. Its definition sets
+        the diagonals k and m of the two (N, N) matrices to 0. Then their rows sum to -k and -m,
+        because X and Y are centred, so that the matrices themselves are not needed."""
+        k, m = X.square().sum(1), Y.square().sum(1)                             # (N,)
+        return ((X.T @ Y).square().sum() - N / (N - 2) * (k @ m)
+                + k.sum() * m.sum() / ((N - 1) * (N - 2)))
 
-    return (hsic(K, M) / (hsic(K, K) * hsic(M, M)).clamp_min(1e-30).sqrt()).item()
+    return (hsic(S, T) / (hsic(S, S) * hsic(T, T)).clamp_min(1e-30).sqrt()).item()
 
 
 def retained(S, T, y, S_dev, T_dev, y_dev):
@@ -390,6 +392,9 @@ def retained(S, T, y, S_dev, T_dev, y_dev):
     of training texts; S_dev, T_dev, y_dev: of dev texts. Returns a float: 1 if all of T can be read
     off S linearly, 0 or below if nothing can.
     """
+    # not every accelerator has float64
+    S, T, y, S_dev, T_dev, y_dev = (X.cpu() for X in (S, T, y, S_dev, T_dev, y_dev))
+
     def within_classes(X, X_dev):
         X, X_dev = X.double(), X_dev.double()
         means = torch.stack([X[y == c].mean(0) for c in range(int(y.max()) + 1)])           # (C, H)

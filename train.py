@@ -207,7 +207,7 @@ def held_out_info(model, S_attacked, T, y, N):
     """{"dev_info": L_info of held-out texts, "info_n": how many it compares}.
 
     S_attacked, T: (n, H), features of the texts that eval.hull_attack found, and of the clean ones;
-    y: (n,); N: texts of a class in a group, as many as there can be in a (micro-)batch, or fewer if
+    y: (n,); N: texts of a class in a group, about as many as a (micro-)batch has, or fewer if
     there are not so many. log(info_n) - dev_info is the bound on I(S;T|Y), with a marginal model on
     I(S;T). On training pairs it would say nothing: g and h learn them by heart.
     """
@@ -303,7 +303,7 @@ def load_checkpoint(folder, model, adamw):
 
 
 def open_folder(folder, config):
-    """Prepares a run's folder; returns False if the run in it is finished, else True.
+    """Prepares a run's folder, in which the run may be finished already.
 
     A run that is there is resumed: without --resume, main() has refused it or removed its
     config.json. Raises InputError where it has other settings, texts, encoder, table or number of
@@ -330,12 +330,10 @@ def open_folder(folder, config):
     data.write_json(folder / "config.json", config)     # also on resuming, see identity()
     for path in folder.glob(".*.tmp"):                  # of a run that was killed as it wrote
         data.remove(path)
-    finished = (folder / "metrics.json").exists()
-    if finished:
+    if (folder / "metrics.json").exists():
         print(f"{folder}: finished already", file=sys.stderr)
         for name in CHECKPOINTS:                        # if it was killed as it removed them
             data.remove(folder / name)
-    return not finished
 
 
 def identity(folder):
@@ -428,8 +426,8 @@ def run(task, table, fingerprints, s, folder, teacher_features):
               "versions": {"python": platform.python_version(), "torch": torch.__version__,
                            "transformers": transformers.__version__, "numpy": np.__version__}}
     with first_process_first():                         # the others wait until the folder is ready
-        if rank == 0 and open_folder(folder, config):
-            data.write_json(folder / "neighbors.json", table)
+        if rank == 0:
+            open_folder(folder, config)
         started = identity(folder)
     if (folder / "metrics.json").exists():              # finished already: every process sees that
         return
@@ -445,6 +443,7 @@ def run(task, table, fingerprints, s, folder, teacher_features):
             victim.features([x.words for x in split], model.teacher, bar)
             for split in (task.train, task.dev)]
     if rank == 0:
+        data.write_json(folder / "neighbors.json", table)
         warn(vocabulary, task)
         counts = Counter(task.labels[x.y] for x in task.train)
         classes = ", ".join(f"{counts[label]:,} {label}" for label in task.labels)
@@ -462,6 +461,11 @@ def warn(vocabulary, task):
     if no_room:
         print(f"{len(no_room) / len(task.train):.1%} of the training pairs have a first text that "
               f"fills --max-len {vocabulary.max_len}: no word of the second is seen",
+              file=sys.stderr)
+    rarest, fewest = Counter(x.y for x in task.train).most_common()[-1]
+    if (reads := fewest * len(task.labels)) < 0.2 * len(task.train):
+        print(f"batches have every class equally often: an epoch reads only {reads:,} of "
+              f"{len(task.train):,} training texts, because {task.labels[rarest]} has {fewest:,}",
               file=sys.stderr)
 
 

@@ -435,6 +435,15 @@ def test_debiased_cka_is_0_for_texts_in_another_order():
     found = [rift.debiased_cka(T[o], T) for o in orders]
     assert min(plain) > 0.2 and max(map(abs, found)) < 0.05 and abs(np.mean(found)) < 0.02
     assert rift.debiased_cka(T[:1].expand(300, -1), T) == 0         # the same everywhere
+
+    def hsic(X, Y):         # as Song et al. (2012) write it, with the matrices
+        K, M = ((Z @ Z.T).fill_diagonal_(0).double() for Z in (X, Y))
+        N, one = len(K), torch.ones(len(K), dtype=torch.float64)
+        return (torch.trace(K @ M) + (one @ K @ one) * (one @ M @ one) / ((N - 1) * (N - 2))
+                - 2 / (N - 2) * (one @ K @ M @ one)) / (N * (N - 3))
+    S = T[:40] + torch.randn(40, 384, generator=seeded(2))
+    wanted = hsic(S, T[:40]) / (hsic(S, S) * hsic(T[:40], T[:40])).sqrt()
+    assert rift.debiased_cka(S, T[:40]) == pytest.approx(wanted.item(), abs=1e-5)
     with pytest.raises(ValueError, match="at least 4 texts, not 3"):
         rift.debiased_cka(T[:3], T[:3])
 

@@ -618,7 +618,8 @@ def test_part_of_torchruns_environment_is_one_line(task, bert, tmp_path, capsys,
 
 def test_what_is_allowed_but_hardly_meant_is_a_line(plain_words, bert, tmp_path, capsys,
                                                     monkeypatch):
-    """Words that the model does not know, premises without room behind them, slow arithmetic."""
+    """Words that the model does not know, premises without room behind them, slow arithmetic, and
+    a class so rare that an epoch is short."""
     task = write_task(tmp_path / "task", pair=True)
     monkeypatch.setattr(data, "unknown_share", lambda *_: 0.3)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
@@ -628,6 +629,14 @@ def test_what_is_allowed_but_hardly_meant_is_a_line(plain_words, bert, tmp_path,
     assert "30% of the training words are unknown to the model's tokenizer, or cut to one" in said
     assert "100.0% of the training pairs have a first text that fills --max-len 7: no word" in said
     assert "--precision bf16: this processor has no bf16 arithmetic" in said
+    assert "batches have every class" not in said
+    rows = (task / "train.tsv").read_text().splitlines(keepends=True)
+    rare = [row for row in rows if row.startswith("neg")][:2]
+    common = [row for row in rows if row.startswith("pos")] * 2
+    (task / "train.tsv").write_text("".join([rows[0], *rare, *common]))
+    train.main(command(task, bert, tmp_path / "rare", "--method standard --epochs 1"))
+    assert ("batches have every class equally often: an epoch reads only 4 of 34 training texts, "
+            "because neg has 2") in capsys.readouterr().err
 
 
 # ---- The toy task --------------------------------------------------------------------------------
