@@ -206,10 +206,11 @@ def attack(victim, examples, method, synonyms, *, seed=0, batch_size=64, in_flig
     Each example has its own random stream, seeded with (seed, index): if the victim's answer for a
     text does not depend on the batch, the result depends neither on batch_size nor on the other
     examples. Raises ValueError when batch_size, in_flight, max_words or max_queries is less than 1,
-    an item of `examples` is not (index, text, y), the victim's output is not a probability per
-    class, of as many classes each time and as it has labels, y is not one of them, a text does not
-    get a list of synonyms for each word, or the attack is not a generator that yields lists of
-    texts and returns one text of as many words. Warns if no word of any text could change.
+    an item of `examples` is not (index, text, y), the victim's key is neither bytes nor a str, its
+    output is not a probability per class, of as many classes each time and as it has labels, y is
+    not one of them, a text does not get a list of synonyms for each word, or the attack is not a
+    generator that yields lists of texts and returns one text of as many words. Warns if no word of
+    any text could change.
     """
     limits = batch_size, in_flight, max_words, max_queries
     if any(limit is not None and limit < 1 for limit in limits):
@@ -269,6 +270,9 @@ def checked(item):
     if not all(isinstance(part, str) for part in parts):
         raise ValueError(f"example {index} has the text {text!r:.80}: expected a string, or a "
                          "tuple of two strings (premise, hypothesis)")
+    if any(part != " ".join(part.split()) for part in parts):   # victims count words by split()
+        raise ValueError(f"example {index} has the text {text!r:.80}: expected words joined by "
+                         "single spaces, as ' '.join(text.split()) gives them")
     return index, text, y
 
 
@@ -393,6 +397,8 @@ def ask(victim, running, batch_size, max_queries, C):
         for words in example.wanted:
             text = example.text(words)
             seen = key(text) if key else text
+            if key and not isinstance(seen, (bytes, str)):  # repr of a long array omits numbers
+                raise ValueError(f"the victim's key is {seen!r:.80}: expected bytes or a str")
             seen = seen if isinstance(seen, bytes) else repr(seen).encode()
             digest = blake2b(seen, digest_size=16).digest()
             if digest not in example.memory:

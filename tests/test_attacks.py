@@ -390,10 +390,10 @@ def test_texts_that_the_model_sees_as_one_are_asked_once_and_are_equal():
     assert result.adversarial.split()[0] == "w1"  # exactly equal, so the last of equals
 
 
-def returns(output, labels=None):
+def returns(output, labels=None, key=None):
     """A victim that answers N texts with output(N)."""
     victim = lambda texts: output(len(texts))
-    victim.labels = labels
+    victim.labels, victim.key = labels, key
     return victim
 
 
@@ -436,6 +436,10 @@ CAN_CHANGE = dict(synonyms={"w1": ["w2"]})
     *[(dict(examples=[item]), "is no example") for item in ("w1 w2", ("w1 w2", 0), (-1, "w1", 0))],
     *[(dict(examples=[(7, text, 0)]), "example 7 has the text .*: expected a string, or a tuple")
       for text in (None, b"w1", ["w1", "w2"], ("w1", None), ("w1", "w2", "w3"))],
+    *[(dict(examples=[(7, text, 0)]), "example 7 has the text .*: expected words joined by single")
+      for text in ("w1  w2", " w1", "w1\tw2", ("w1", "w2 "))],
+    *[(dict(victim=returns(sure, key=lambda text, key=key: key)), "key is .*expected bytes or a s")
+      for key in (None, np.arange(2000), ("w1", "w2"))],
     *[(CAN_CHANGE | dict(method=ends_with(found)), "own returned .*: expected the words of a text "
        "of 2") for found in (("w1",), "w2", None)],
     (CAN_CHANGE | dict(method=lambda words, y, synonyms, rng: words),
