@@ -335,7 +335,7 @@ def prepare_nltk(data_dir=None, wordnet=False):
 
     names = ["punkt_tab", "wordnet"] if wordnet else ["punkt_tab"]
     if not there():
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, SyntaxError):    # SyntaxError: a proxy's page, not XML
             own.mkdir(mode=0o700, parents=True, exist_ok=True)
             nltk.download(names, str(own), quiet=True, print_error_to=io.StringIO())
     if not there():
@@ -631,7 +631,8 @@ CLOSED_CLASS = set("""
 def find_neighbors(source, data_dir):
     """The Path of a substitution table, or "wordnet"; what is not there is fetched.
 
-    source: as for load_neighbors. A file is looked for in data_dir first, then as it is named.
+    source: as for load_neighbors. A file is looked for in data_dir first, then as it is named; one
+    whose name starts with "./" or "../" only as it is named.
     """
     if source == "wordnet":
         prepare_nltk(data_dir, wordnet=True)
@@ -642,7 +643,7 @@ def find_neighbors(source, data_dir):
     if path.suffix not in (".json", ".txt", ".zip"):
         raise InputError(f"{path}: wanted published, vectors, wordnet, a neighbour table .json, or "
                          "a vector file .txt or .zip")
-    if data_dir:
+    if data_dir and not str(source).startswith("."):
         inside = Path(os.path.expanduser(data_dir)).absolute() / path
         path = inside if inside in find(data_dir, path) else path   # not the cache's of this name
     with reading(path):

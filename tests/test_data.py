@@ -246,11 +246,14 @@ def test_nltk_data_of_the_data_folder_comes_first_and_without_any_it_says_how_to
         tmp_path, monkeypatch):
     monkeypatch.setattr(nltk.data, "path", [])
     monkeypatch.setattr(nltk.tokenize, "punkt_model_available", lambda: False)
-    monkeypatch.setattr(nltk, "download", lambda *args, **kwargs: False)
     for folder in (tmp_path, data.cache_dir()):
         (folder / "nltk_data").mkdir(parents=True)
-    with pytest.raises(data.InputError, match="not found.*python -m nltk.downloader punkt_tab"):
-        data.prepare_nltk(tmp_path)
+    # nothing comes, or a page that is no XML
+    for download in (Mock(return_value=False), Mock(side_effect=SyntaxError)):
+        monkeypatch.setattr(nltk, "download", download)
+        with pytest.raises(data.InputError, match="not found.*python -m nltk.downloader punkt_tab"):
+            data.prepare_nltk(tmp_path)
+        assert download.called
     found = [x for x in nltk.data.path if x.endswith("nltk_data")]
     assert found == [str(x / "nltk_data") for x in (tmp_path, data.cache_dir())]
 
@@ -397,6 +400,12 @@ def test_the_published_table_is_the_default_and_only_a_download_needs_its_checks
     data.write_json(tmp_path / "counterfitted_neighbors.json", table)
     assert data.load_neighbors(data_dir=tmp_path) == {"a": ["c"]}
     assert "neighbors.json: 2 of 3 keys are not one lower-case word" in capsys.readouterr().err
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    data.write_json(Path("counterfitted_neighbors.json"), {"a": ["d"]})
+    for name, substitute in (("", "c"), ("./", "d")):       # in data_dir first, or only here
+        table = data.load_neighbors(f"{name}counterfitted_neighbors.json", tmp_path)
+        assert table == {"a": [substitute]}
     assert "film" in data.open_table(SimpleNamespace(task="toy", neighbors=None), None)
     task = SimpleNamespace(**{x: [data.Example(((x,),), 0)] for x in ("train", "dev", "test")})
     s = SimpleNamespace(task="own", neighbors="vectors", data_dir=None)
