@@ -105,8 +105,9 @@ class Victim:
 
     @torch.no_grad()
     def probabilities(self, S):
-        """q(.|s), a (N, C) float32 array, for features S (N, H)."""
-        return torch.softmax(self.model.head(S), -1).cpu().numpy()
+        """q(.|s), a (N, C) float32 array, for features S (N, H); dropout is off."""
+        with rift.dropout_off(self.model.head):
+            return torch.softmax(self.model.head(S), -1).cpu().numpy()
 
     def __call__(self, texts):
         if isinstance(texts, str):
@@ -146,8 +147,9 @@ def load_run(folder, device=None, precision=None, batch_size=64, table=None):
     """The finished run in a folder, as a Victim.
 
     device: by default a GPU if there is one; precision: by default the run's own; table: a
-    substitution table in place of the run's. Raises InputError for a folder without a finished run,
-    or whose files do not fit together.
+    substitution table in place of the run's. Its model's teacher is not F_t but a copy of the
+    fine-tuned encoder; F_t is what the run started from, data.load_encoder of its settings' model.
+    Raises InputError for a folder without a finished run, or whose files do not fit together.
     """
     folder = Path(folder)
     s, config = settings_of(folder)
@@ -173,7 +175,6 @@ def load_run(folder, device=None, precision=None, batch_size=64, table=None):
     model.load_state_dict(tensors, strict=False)
     for part in (encoder.encoder, encoder.pooler):      # once, not at every call in parameters_in()
         part.to(dtype)
-    # the teacher in it is a copy of the fine-tuned encoder, not F_t, and is not used
     vocabulary = data.Vocabulary(tokenizer, s.max_len, table, s.unknown_words, s.candidates)
     return Victim(model.to(device).eval(), vocabulary, batch_size, config["labels"],
                   config["parts"])
@@ -292,7 +293,8 @@ class Plan:
                             # with the published scores only texts that they know
     settings: dict          # what the choice depends on
     wordnet: dict           # the table of pwws-wordnet; None where it is not asked for
-    allowed: object         # the constraint: (index, words, synonyms) -> synonyms, for genetic
+    constraint: dict        # genetic's settings of its language-model constraint
+    allowed: object         # this constraint: (index, words, synonyms) -> synonyms
 
 
 @dataclasses.dataclass
@@ -317,6 +319,7 @@ def make_plan(s, args):
     known, drawn_from = range(len(examples)), "all texts"
     allowed = lambda index, words, synonyms: synonyms
     source = constraint(s, args)
+    judge = {"lm_constraint": source}
     if source == "scores":
         sentences = [" ".join(x.words[-1]) for x in examples]
         try:
@@ -333,11 +336,14 @@ def make_plan(s, args):
               "the attacked ones are drawn from these.")
     elif source != "none":
         try:
-            model = attacks.CausalLM(data.model_folder(source), data.pick_device(args.device))
+            folder = Path(data.model_folder(source))
+            model = attacks.CausalLM(folder, data.pick_device(args.device))
         except Exception as error:          # whatever is wrong with it, transformers says it
             raise InputError(f"--lm-constraint {source}: neither none, scores nor a "
                              f"causal language model ({data.first_line(error)})") from None
         allowed = lambda index, words, synonyms: attacks.lm_constraint(words, synonyms, model)
+        weights = b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))
+        judge["lm_weights"] = data.fingerprint(weights)
     # the first N of one shuffle: a larger N later contains them
     order = np.random.default_rng(args.seed).permutation(len(examples)).tolist()
     first = [i for i in order if i in known][:args.num_examples]
@@ -349,7 +355,7 @@ def make_plan(s, args):
         print(f"There are only {len(chosen):,} {args.split} texts to choose from.")
     settings = {"split": args.split, "seed": args.seed, "data": task.fingerprint,
                 "drawn_from": drawn_from}
-    return Plan(task, chosen, settings, wordnet, allowed)
+    return Plan(task, chosen, settings, wordnet, judge, allowed)
 
 
 def constraint(s, args):
@@ -421,7 +427,7 @@ def conditions(folder, s, precision, tables, plan, args, before):
     for name in args.attacks:
         settings[name] = keywords(name, s, args) | {"neighbors": data.fingerprint(tables[name])}
         if name == "genetic":
-            settings[name]["lm_constraint"] = constraint(s, args)
+            settings[name] |= plan.constraint
         if name != "hull":
             settings[name]["max_queries"] = args.max_queries
     return settings
@@ -450,7 +456,7 @@ def evaluate(folder, plan, args):
     victim = load_run(folder, args.device, args.precision, args.batch_size, table)
     if plan.task.fingerprint != s.fingerprints["data"]:
         raise InputError(f"{folder}: was trained on other data than is found now (the fingerprints "
-                         "differ)")
+                         "differ: other texts, or another NLTK, see versions in its config.json)")
     metrics = data.read_json(folder / "metrics.json")
     tables = dict.fromkeys(args.attacks, victim.vocabulary.neighbors)
     tables["pwws-wordnet"] = plan.wordnet
@@ -556,7 +562,8 @@ def head_of(name, evaluations):
     heads = []
     for x in evaluations:
         shown = {key: value for key, value in x.settings[name].items()
-                 if key != "neighbors" and value is not None and (name != "hull" or key == "steps")}
+                 if key not in ("neighbors", "lm_weights") and value is not None
+                 and (name != "hull" or key == "steps")}
         shown = [f"{key.replace('_', ' ')} {value}" for key, value in shown.items()]
         heads.append(f"{name} ({', '.join(shown)})")
     return " / ".join(dict.fromkeys(heads))
@@ -1042,9 +1049,10 @@ def check_first(args):
         if not path.parent.is_dir() or path.is_dir():
             raise InputError(f"{path}: wanted the name of a file in a folder that is there")
         data.check_writable(path.parent)
-    seen = {}
+    seen, tasks = {}, set()
     for folder in args.runs:
         s, _ = settings_of(folder)
+        tasks.add(s.task)
         if s.method not in rift.METHODS:
             raise InputError(f"{folder}: its method {s.method} is not in rift.METHODS: add it "
                              "there")
@@ -1052,6 +1060,9 @@ def check_first(args):
         if twin != folder:
             raise InputError(f"{folder}: has the settings and the seed of {twin}; give one of them "
                              "(if the code differs, it is a new method in rift.METHODS)")
+    if args.task and tasks <= {"imdb", "snli", "toy"}:
+        raise InputError(f"--task {args.task}: says where a data folder of one's own is now, but "
+                         f"these runs are on {', '.join(sorted(tasks))}")
 
 
 @data.command

@@ -29,6 +29,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import nltk
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -92,7 +93,8 @@ def train(model, task, vocabulary, s, folder, started, T, T_dev):
     texts = [vocabulary.visible(x.words) for x in task.train]
     lengths = [sum(map(len, text)) for text in texts]
     y = torch.tensor([x.y for x in task.train])                                     # (n,)
-    new = [p for name, p in model.named_parameters() if not name.startswith(("encoder", "teacher"))]
+    new = [p for name, p in model.named_parameters()
+           if not name.startswith(("encoder.", "teacher."))]
     adamw = torch.optim.AdamW([{"params": list(model.encoder.parameters()), "weight_decay": 0.0},
                                {"params": new, "weight_decay": s.weight_decay}],
                               lr=s.lr, eps=s.adam_eps, fused=True)
@@ -216,7 +218,8 @@ def held_out_info(model, S_attacked, T, y, N):
     N = min(N, fewest)
     groups = [torch.cat([rows[start:start + N] for rows in by_class])
               for start in range(0, fewest - N + 1, N)]
-    values = [model.L_info(S_attacked[rows], T[rows], y[rows]) for rows in groups]
+    with rift.dropout_off(model.g, model.h):
+        values = [model.L_info(S_attacked[rows], T[rows], y[rows]) for rows in groups]
     return {"dev_info": torch.stack(values).mean().item(),
             "info_n": N * len(by_class) if model.marginal else N}
 
@@ -247,6 +250,7 @@ def finish(model, victim, task, s, folder, best, started):
     parts = {name: p for name, p in trained(model).items() if not name.startswith("encoder.")}
     check_alone(folder, started)
     data.save_tensors(folder / "model.safetensors", parts)
+    data.remove(folder / "encoder")     # that of a run whose metrics.json is lost would stay
     with data.replacing(folder / "encoder") as new:
         model.encoder.save_pretrained(new)
         victim.vocabulary.tokenizer.save_pretrained(new)
@@ -418,19 +422,20 @@ def run(task, table, fingerprints, s, folder, teacher_features):
     not fit the model, the data, or a run that is there.
     """
     rank, world = processes()
-    torch.manual_seed(s.seed)   # for the head, the projections, and a pooler that was not trained
-    encoder, tokenizer = data.load_encoder(s.model)
-    digest = digest_of(encoder)
     config = {"settings": vars(s), "labels": task.labels, "parts": len(task.train[0].words),
               "fingerprints": fingerprints, "processes": world,
               "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                           "transformers": transformers.__version__, "numpy": np.__version__}}
+                           "transformers": transformers.__version__, "numpy": np.__version__,
+                           "nltk": nltk.__version__}}           # which splits texts into words
     with first_process_first():                         # the others wait until the folder is ready
         if rank == 0:
             open_folder(folder, config)
         started = identity(folder)
     if (folder / "metrics.json").exists():              # finished already: every process sees that
         return
+    torch.manual_seed(s.seed)   # for the head, the projections, and a pooler that was not trained
+    encoder, tokenizer = data.load_encoder(s.model)
+    digest = digest_of(encoder)
     model = rift.RIFT(encoder, len(task.labels), s.pooling, s.method == "rift-marginal",
                       data.DTYPES[s.precision], s.mixout if s.method == "adv-mixout" else None,
                       s.tau)
@@ -562,8 +567,8 @@ def parse(argv):
          "first; None: the cache")
     flag("--neighbors", metavar="TABLE", help="substitution table: published (Jia et al.'s, which "
          "the paper uses), vectors (computed from the counter-fitted ones), wordnet, or a file: "
-         "vectors .txt or .zip, or a .json {word: [synonym, ..]} of single lower-case words; the "
-         "toy has its own")
+         "vectors .txt or .zip, or a .json {word: [synonym, ..]} of single lower-case words, in "
+         "--data-dir or here (./FILE: only here); the toy has its own")
     flag("--train-size", type=positive, metavar="N",
          help="training texts to use, equally many of each class; None: all (toy: 128)")
     flag("--dev-size", type=positive, metavar="N", help="dev texts, which choose the epoch; None: "
@@ -633,9 +638,9 @@ def parse(argv):
     if Path(args.task).name == "toy" != task and args.out is None:
         raise InputError(f"--task {task}: wanted --out DIR as well, because `python train.py` "
                          "replaces what is in runs/toy")
-    args.out = (args.out or Path("runs") / Path(args.task).name).expanduser()
+    args.out = Path(os.path.expanduser(args.out or Path("runs") / Path(args.task).name))
     if args.data_dir:                                   # eval.py may be started in another folder
-        args.data_dir = os.path.abspath(Path(args.data_dir).expanduser())
+        args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))
     if args.schedule is None:
         n = min(args.epochs // 3, 2)                    # warm-up: at most a third of the epochs
         args.schedule = [0.1, 0.55][2 - n:] + [1.0]

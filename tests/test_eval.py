@@ -153,6 +153,14 @@ def test_texts_of_one_key_are_one_text_to_the_model(runs):
     assert len(set(map(victim.key, different))) == len(different)
 
 
+def test_dropout_in_a_head_of_ones_own_is_off_also_while_it_is_trained(run):
+    victim = eval.load_run(run, "cpu")
+    expected = victim(["a good movie"])
+    victim.model.head.append(torch.nn.Dropout(0.5))
+    victim.model.train()
+    assert np.array_equal(victim(["a good movie"]), expected) and victim.model.head.training
+
+
 def test_a_run_in_ones_own_program_is_a_quiet_function(run, capfd):
     """Loading it leaves the random numbers as they were and prints nothing; it can be pickled."""
     before = torch.get_rng_state()
@@ -632,15 +640,24 @@ def test_scores_draw_the_texts_and_filter_the_synonyms(run, tmp_path, capsys):
     assert len({line["made_with"] for line in lines_of(run) if line["attack"] == "pwws"}) == 2
 
 
-def test_a_causal_language_model_filters_the_synonyms(run, monkeypatch):
-    monkeypatch.setattr(data, "model_folder", lambda name: name)
+def test_a_causal_language_model_filters_the_synonyms(run, tmp_path, monkeypatch, capsys):
+    """What was found with other weights of it is not used again."""
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"old")
+    monkeypatch.setattr(data, "model_folder", lambda name: tmp_path if name == "some/model" else name)
     monkeypatch.setattr(attacks, "CausalLM", lambda folder, device: lambda windows: [
         -100.0 * window.count("film") for window in windows])
     evaluate(run, *BOTH, "--lm-constraint", "some/model")
+    assert "generations 3, lm constraint some/model)" in capsys.readouterr().out
     settings = data.read_json(run / "eval.json")["settings"]
     assert settings["genetic"]["lm_constraint"] == "some/model"
     used = swaps(run, "genetic")
     assert used and not any(b == "film" for _, b in used)
+    weights.write_bytes(b"new")
+    evaluate(run, *BOTH, "--lm-constraint", "some/model")
+    made_with = {name: {line["made_with"] for line in lines_of(run) if line["attack"] == name}
+                 for name in ("pwws", "genetic")}
+    assert len(made_with["pwws"]) == 1 and len(made_with["genetic"]) == 2
 
 
 # ---- Figures -------------------------------------------------------------------------------------

@@ -340,6 +340,20 @@ def test_every_method_trains_and_its_run_loads(plain_words, model_folder, tmp_pa
             assert eval.accuracy(split, P.argmax(1), attacked) == hull
 
 
+def test_a_parameter_of_ones_own_is_trained_whatever_its_name(task, bert, tmp_path, monkeypatch):
+    init, L_info = rift.RIFT.__init__, rift.RIFT.L_info
+
+    def with_scale(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.teacher_scale = torch.nn.Parameter(torch.ones(()))
+
+    monkeypatch.setattr(rift.RIFT, "__init__", with_scale)
+    monkeypatch.setattr(rift.RIFT, "L_info", lambda self, *a: L_info(self, *a) * self.teacher_scale)
+    train.main(command(task, bert, tmp_path / "runs", "--epochs 1"))
+    tensors, _ = data.load_tensors(tmp_path / "runs" / "rift" / "model.safetensors")
+    assert tensors["teacher_scale"] != 1
+
+
 def test_several_methods_and_seeds_see_the_same_texts(plain_words, bert, tmp_path, monkeypatch):
     """The teacher reads them once for all runs; --resume leaves finished runs alone."""
     task = write_task(tmp_path / "task", n=32, dev=False)
@@ -354,8 +368,15 @@ def test_several_methods_and_seeds_see_the_same_texts(plain_words, bert, tmp_pat
     assert len({eval.settings_of(folder)[0].fingerprints["data"] for folder in folders}) == 1
     assert not same_weights(*folders[:2], names="encoder")          # another seed is another run
     before = [(folder / "metrics.json").stat().st_mtime_ns for folder in folders]
+    load = Mock(side_effect=data.load_encoder)
+    monkeypatch.setattr(data, "load_encoder", load)
     train.main([*arguments, "--resume"])
     assert before == [(folder / "metrics.json").stat().st_mtime_ns for folder in folders]
+    assert load.call_count == 1                                     # for the fingerprint
+    (folders[0] / "metrics.json").unlink()      # made again, it has no encoder of the earlier one
+    (folders[0] / "encoder" / "earlier").touch()
+    train.main([*arguments, "--resume"])
+    assert not (folders[0] / "encoder" / "earlier").exists()
 
 
 @pytest.mark.parametrize("method, clean, hull, best", [
