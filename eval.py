@@ -558,12 +558,15 @@ def show(title, rows):
 
 
 def head_of(name, evaluations):
-    """The column head of an attack, with its settings."""
-    heads = []
+    """The column head of an attack, with its settings. Among them is the start of the table's
+    fingerprint if runs are attacked with different tables."""
+    heads, tables = [], {x.settings[name].get("neighbors") for x in evaluations}
     for x in evaluations:
         shown = {key: value for key, value in x.settings[name].items()
                  if key not in ("neighbors", "lm_weights") and value is not None
                  and (name != "hull" or key == "steps")}
+        if len(tables) > 1:
+            shown["neighbors"] = x.settings[name]["neighbors"][:6]
         shown = [f"{key.replace('_', ' ')} {value}" for key, value in shown.items()]
         heads.append(f"{name} ({', '.join(shown)})")
     return " / ".join(dict.fromkeys(heads))
@@ -705,7 +708,8 @@ def report(groups, args):
     print(LEGEND)
     note = "(95% bootstrap interval over texts and runs; *: over texts, one side is a single run)"
     for group in groups:
-        of = f", {group[0].run.task}" if len(groups) > 1 else ""
+        # several data sets may have the same name
+        of = f", {group[0].run.task} ({group[0].name} ..)" if len(groups) > 1 else ""
         # standard, the reference, comes first
         methods = by_settings(sorted(group, key=lambda x: x.run.method != "standard"))
         if len(methods) < len(group):
@@ -753,7 +757,7 @@ def tradeoffs(group, names):
     settings = by_settings(group, "beta")
     by_beta = {curve: by_weight(runs, "beta") for curve, runs in settings.items()}
     references = [curve for curve, runs in settings.items() if runs[0].run.method == "adv"]
-    if len(references) > 1:
+    if names and len(references) > 1 and max(map(len, by_beta.values())) > 1:
         yield f"\nNo gain over adv's curve, because adv has several: {', '.join(references)}"
         return
     adv = by_beta.pop("adv", {})
@@ -820,8 +824,8 @@ def spread(values, n=None):
     return mean, max(mean - low, 0), max(high - mean, 0)
 
 
-# flags of eval.py that have to be the same for all runs of a figure of accuracies
-ASKED = "seed", "population", "generations", "lm_constraint", "max_queries"
+# In a figure of accuracies these settings of an evaluation may differ, because they are the run's
+OF_THE_RUN = "data", "weights", "precision"
 
 
 def read_finished(folder, attack, split):
@@ -849,8 +853,9 @@ def read_finished(folder, attack, split):
                          f"run eval.py {folder} --attacks {attack} --split {split}")
     n = scores.get("num_examples") or scores.get("test_examples")
     settings = scores.get("settings", {})
-    given = settings.get("clean", {}) | settings.get(attack, {})
-    how = {"num_examples": n} | {key: given[key] for key in ASKED if key in given}
+    # hull has the settings of the run's own search
+    given = settings.get("clean", {}) | (settings.get(attack, {}) if attack != "hull" else {})
+    how = {"num_examples": n} | {key: given[key] for key in given if key not in OF_THE_RUN}
     return SimpleNamespace(folder=folder, run=s, scores=scores, n=n, log=log, kept=kept, how=how)
 
 
@@ -930,8 +935,10 @@ def plot(folders, path, attack, split):
     for x in finished:
         others = [Path(y.run.task).name for y in finished
                   if y.run.fingerprints["data"] != x.run.fingerprints["data"]]
-        name = Path(x.run.task).name                    # its path where two data sets share it
-        tasks.setdefault(x.run.task if name in others else name, []).append(x)
+        name = Path(x.run.task).name
+        if name in others:                              # two data sets share it
+            name = f"{x.run.task} ({x.run.fingerprints['data'][:6]})"
+        tasks.setdefault(name, []).append(x)
     panels = []                                         # (what draws it, title, runs, arguments)
     for task, runs in tasks.items():
         title, before = f"{task}, {split} texts", len(panels)
@@ -942,10 +949,13 @@ def plot(folders, path, attack, split):
             panels.append((draw_accuracy, title, runs, dict(attack=attack, over="beta")))
         if len(panels) > before:
             for x in runs:
-                if x.how != runs[0].how:
-                    raise InputError(f"--plot: {x.folder} was evaluated with {x.how}, but "
-                                     f"{runs[0].folder} with {runs[0].how}; evaluate all runs with "
-                                     "one command first")
+                first = runs[0].how
+                here, there = ({key: how[key] for key in how if x.how.get(key) != first.get(key)}
+                               for how in (x.how, first))
+                if here != there:
+                    raise InputError(f"--plot: {x.folder} was evaluated with {here}, but "
+                                     f"{runs[0].folder} with {there}; evaluate all runs with one "
+                                     "command first")
             continue
         for label, measure in FORGETTING.items():
             having = [x for x in runs if measure(x.kept) is not None]
@@ -959,9 +969,10 @@ def plot(folders, path, attack, split):
         ax = figure.add_subplot(rows, columns, place)
         draw(ax, runs, **more)
         ax.grid(alpha=0.3)
-        ax.set_title(title, size=10)
+        ax.set_title(title, size=10, parse_math=False)              # a name may have $ in it
         joined = "numbers: beta, joined in its order" if more.get("over") == "beta" else None
-        ax.legend(fontsize=8, title=joined)
+        for text in ax.legend(fontsize=8, title=joined).get_texts():
+            text.set_parse_math(False)
     bars = "Bars: range over seeds"
     if any(draw is draw_accuracy for draw, *_ in panels):
         bars += "; for a single run's accuracy, its 95% interval"

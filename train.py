@@ -650,12 +650,16 @@ def parse(argv):
 
 
 def check_first(folders, s, resume, overwrite):
-    """Raises InputError for what is cheap to check, before minutes are spent on reading texts."""
+    """Raises InputError for what is cheap to check, before minutes are spent on reading texts.
+    Prints a line if there is nothing to resume."""
     for folder in folders:
         if (folder / "config.json").exists() and not (resume or overwrite):
             raise InputError(f"{folder}: holds a run already; --resume goes on with it, "
                              "--overwrite replaces it, or choose another --out")
         data.check_writable(folder)
+    if resume and not any((folder / "config.json").exists() for folder in folders):
+        print(f"--resume: none of these runs is there, such as {min(folders)}; they start anew",
+              file=sys.stderr)
     if s.neighbors:
         data.find_neighbors(s.neighbors, s.data_dir)
 

@@ -265,6 +265,23 @@ def test_runs_are_averaged_over_seeds_only():
                                                 "adv encoder 0/toy (anothe)": [other]}
 
 
+def test_the_column_head_tells_tables_apart(capsys):
+    """Also two data sets of one name are."""
+    x, y = evaluation(0.5, 0.25), evaluation(0.5, 0.25, "rift")
+    for one, table in ((x, "abcdefgh"), (y, "ijklmnop")):
+        one.settings["pwws"]["neighbors"] = table
+    said = report(capsys, x, y)
+    head = "pwws (unknown NULL, neighbors {})".format
+    assert f"{head('abcdef')} / {head('ijklmn')}" in said
+    y.settings["pwws"]["neighbors"] = "abcdefgh"
+    assert "neighbors" not in report(capsys, x, y)
+    x.name, x.run.task = "runs/a/adv", "task"
+    y.name, y.run.task = "runs/b/adv", "task"
+    eval.report([[x, x], [y, y]], eval.parse(["runs", "--attacks", "pwws"]))
+    said = capsys.readouterr().out
+    assert all(f"over runs, task ({name} ..)" in said for name in (x.name, y.name))
+
+
 @pytest.mark.parametrize("method, setting", [
     ("own", "sparsity"), ("own", "mixout"), ("own", "tau"), ("adv", "sparsity")])
 def test_runs_of_an_added_method_differ_in_its_weights_and_in_tau(monkeypatch, method, setting):
@@ -763,7 +780,29 @@ def test_runs_that_were_attacked_differently_are_not_drawn_together(runs, draw, 
     with pytest.raises(SystemExit):
         draw(*found, "--plot-attack", "pwws")
     error = capsys.readouterr().err
-    assert f"{found[1]} was evaluated with" in error and "'seed': 1" in error
+    assert f"{found[1]} was evaluated with {{'seed': 1}}" in error
+    evaluate(found[1], "--attacks", "pwws", "--num-examples", 5)
+    summary = data.read_json(found[1] / "eval.json")
+    for changed, by in (("clean", {"drawn_from": "score file"}), ("pwws", {"unknown": "the"}),
+                        ("pwws", {"neighbors": "of another"})):
+        settings = summary["settings"] | {changed: summary["settings"][changed] | by}
+        data.write_json(found[1] / "eval.json", summary | {"settings": settings})
+        with pytest.raises(SystemExit):
+            draw(*found, "--plot-attack", "pwws")
+        assert f"{found[1]} was evaluated with {by}, but" in capsys.readouterr().err
+
+
+def test_data_sets_of_one_name_have_panels_of_their_own(runs, draw):
+    """And what a formula would be in TeX is drawn as it is."""
+    found = list(copies(runs["texts"] / "adv", lambda s: (0, 0), beta=[2.0, 3.0],
+                        task=["$x_{$"], split_seed=[0, 1]))
+    for run in found[1::2]:
+        config = data.read_json(run / "config.json")
+        config["fingerprints"]["data"] = "of other texts"
+        data.write_json(run / "config.json", config)
+    panels = draw(*found)
+    assert len(panels) == 2 and all("$x_{$ (" in title for title in panels)
+    assert all(list(curves(ax)) == ["adv"] for axes in panels.values() for ax in axes)
 
 
 def test_figures_show_attacks_and_of_dev_the_kept_epoch(run):

@@ -340,6 +340,15 @@ def test_every_method_trains_and_its_run_loads(plain_words, model_folder, tmp_pa
             assert eval.accuracy(split, P.argmax(1), attacked) == hull
 
 
+def test_resume_says_if_there_is_nothing_to_go_on_with(tmp_path, capsys):
+    """As after `--seeds 0 1`, whose folders end in the seed, with `--seeds 1 --resume`."""
+    s = SimpleNamespace(neighbors=None)
+    for folder, said in (("rift", 1), ("rift-1", 0)):
+        data.write_json(tmp_path / "rift-1" / "config.json", {})
+        train.check_first([tmp_path / folder], s, resume=True, overwrite=False)
+        assert capsys.readouterr().err.count(f"such as {tmp_path / folder}; they start anew") == said
+
+
 def test_a_parameter_of_ones_own_is_trained_whatever_its_name(task, bert, tmp_path, monkeypatch):
     init, L_info = rift.RIFT.__init__, rift.RIFT.L_info
 
