@@ -643,7 +643,7 @@ def find_neighbors(source, data_dir):
     if path.suffix not in (".json", ".txt", ".zip"):
         raise InputError(f"{path}: wanted published, vectors, wordnet, a neighbour table .json, or "
                          "a vector file .txt or .zip")
-    if data_dir and not str(source).startswith("."):
+    if data_dir and not str(source).startswith(("./", "../")):
         inside = Path(os.path.expanduser(data_dir)).absolute() / path
         path = inside if inside in find(data_dir, path) else path   # not the cache's of this name
     with reading(path):

@@ -46,6 +46,8 @@ from data import InputError
 # What a run is made of, each with a fingerprint in config.json, and the setting that says where it
 # comes from. Fingerprints are compared, not these settings: two paths may have the same content.
 SOURCES = {"data": "task", "encoder": "model", "neighbors": "neighbors"}
+# The tasks that are no folder of the user's.
+NAMED = "imdb", "snli", "toy"
 # Settings in which equal runs may differ: these paths, and what has no effect on the method.
 INCIDENTAL = (*SOURCES.values(), "data_dir", "device", "eval_batch_size")
 
@@ -1071,7 +1073,7 @@ def check_first(args):
         if twin != folder:
             raise InputError(f"{folder}: has the settings and the seed of {twin}; give one of them "
                              "(if the code differs, it is a new method in rift.METHODS)")
-    if args.task and tasks <= {"imdb", "snli", "toy"}:
+    if args.task and tasks <= set(NAMED):
         raise InputError(f"--task {args.task}: says where a data folder of one's own is now, but "
                          f"these runs are on {', '.join(sorted(tasks))}")
 
@@ -1089,7 +1091,7 @@ def main(argv):
             for folder in args.runs:
                 s, _ = settings_of(folder)
                 key = s.fingerprints["data"]
-                if s.task not in ("imdb", "snli", "toy"):
+                if s.task not in NAMED:
                     # absolute, so that a folder that is named imdb is not the public task
                     s.task = str(Path(args.task or s.task).absolute())
                     if not Path(s.task).is_dir():

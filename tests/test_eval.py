@@ -661,7 +661,8 @@ def test_a_causal_language_model_filters_the_synonyms(run, tmp_path, monkeypatch
     """What was found with other weights of it is not used again."""
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"old")
-    monkeypatch.setattr(data, "model_folder", lambda name: tmp_path if name == "some/model" else name)
+    monkeypatch.setattr(data, "model_folder", lambda name: (
+        tmp_path if name == "some/model" else name))
     monkeypatch.setattr(attacks, "CausalLM", lambda folder, device: lambda windows: [
         -100.0 * window.count("film") for window in windows])
     evaluate(run, *BOTH, "--lm-constraint", "some/model")

@@ -346,7 +346,8 @@ def test_resume_says_if_there_is_nothing_to_go_on_with(tmp_path, capsys):
     for folder, said in (("rift", 1), ("rift-1", 0)):
         data.write_json(tmp_path / "rift-1" / "config.json", {})
         train.check_first([tmp_path / folder], s, resume=True, overwrite=False)
-        assert capsys.readouterr().err.count(f"such as {tmp_path / folder}; they start anew") == said
+        err = capsys.readouterr().err
+        assert err.count(f"such as {tmp_path / folder}; they start anew") == said
 
 
 def test_a_parameter_of_ones_own_is_trained_whatever_its_name(task, bert, tmp_path, monkeypatch):
