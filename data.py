@@ -53,8 +53,8 @@ class InputError(ValueError):
 
 NOT_OURS = "damaged, or not the kind of file that it should be"
 # what damaged archives raise
-DAMAGE = (EOFError, RuntimeError, zlib.error, gzip.BadGzipFile, tarfile.TarError,
-          zipfile.BadZipFile)
+DAMAGE = (EOFError, IndexError, RuntimeError, ValueError, zlib.error, gzip.BadGzipFile,
+          tarfile.TarError, zipfile.BadZipFile)
 
 
 def first_line(error):
@@ -168,12 +168,9 @@ def read_lines(path):
 
 def save_tensors(path, tensors, about=None):
     """Writes {name: tensor} and a JSON-able dict to one safetensors file, atomically."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # safetensors wants memory of its own for each name; the first of several keeps what they share
-    first = {tensor.data_ptr(): name for name, tensor in reversed(tensors.items())}
-    for name, tensor in tensors.items():
-        if first[tensor.data_ptr()] != name:
-            tensors[name] = tensor.clone()
+    # copies, because safetensors refuses names that share memory, as tied weights do
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous()
+               for name, tensor in tensors.items()}
     write_atomically(path, safetensors.torch.save(tensors, {"about": json.dumps(about or {})}))
 
 
@@ -268,8 +265,8 @@ def locate(name, data_dir):
 def download(url, path, sha256):
     """Fetches url to path, in at most two tries.
 
-    sha256: hex, or None. Then the file has to be a whole .zip: if the connection breaks, torch
-    takes the part for the whole, but a .zip has its table of contents at the end.
+    sha256: hex, or None. Without one the file has to be a .zip: torch does not notice that a
+    connection broke, but a .zip that was cut short lacks the table of contents at its end.
     The error says where to put a file that was downloaded by hand.
     """
     with replacing(path) as tmp:
@@ -453,8 +450,6 @@ def choose(splits, labels, sizes, split_seed, where):
     Subsets and their order depend on split_seed and the sizes, so every method and seed sees the
     same texts, and the first n of a split are a random sample of it.
     """
-    if split_seed < 0:
-        raise InputError(f"split seed {split_seed}: has to be 0 or more")
     rngs = {split: np.random.default_rng([split_seed, i]) for i, split in enumerate(sizes)}
     pools, chosen = {}, {}      # pools: {split: for each class a list, in random order}
     for split, raw in splits.items():
@@ -476,7 +471,7 @@ def choose(splits, labels, sizes, split_seed, where):
 
 
 def cut_dev(pools, labels, size, where):
-    """(train, dev): two lists like pools, which has for each class a list of train's examples.
+    """(train, dev), cut from train; both are like `pools`, a list of examples for each class.
 
     size: texts of dev; None: a tenth of each class, at least 2 texts, at most 1,000 of all classes.
     Texts that are in dev leave train. Dev is taken from a pool's start, a subset of train later
@@ -1165,8 +1160,9 @@ def toy_splits(sizes, split_seed):
     for split, lean in (("train", 0.8), ("dev", 0.8), ("test", 0.75)):
         rng = random.Random(f"toy {split} {TOY_DRAW + split_seed}")
         n = (TOY_SIZES[split] if sizes[split] is None else sizes[split]) // 2 * 2
-        if n < 2:
-            raise InputError(f"toy: {split}: {sizes[split]} texts, wanted at least 2")
+        least = 4 if split == "train" else 2            # one or two of each class
+        if n < least:
+            raise InputError(f"toy: {split}: {sizes[split]} texts, wanted at least {least}")
         texts = [toy_review(rng, i % 2, lean, narrow=split != "test") for i in range(n)]
         splits[split] = [Example(from_text(text), i % 2) for i, text in enumerate(texts)]
     return splits
@@ -1180,10 +1176,11 @@ def number(kind, low, high=math.inf, above=False):
     def parse(text):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
+            finite = math.isfinite(value)
+        except (ValueError, OverflowError):             # OverflowError: an int above 1e308
+            value, finite = math.nan, False
         not_too_low = value > low if above else value >= low
-        if not (not_too_low and value <= high and math.isfinite(value)):
+        if not (not_too_low and value <= high and finite):
             raise argparse.ArgumentTypeError(
                 f"{text!r} has to be {'an integer' if kind is int else 'a number'} "
                 f"{'above' if above else 'of at least'} {low:g}"

@@ -149,8 +149,8 @@ def load_run(folder, device=None, precision=None, batch_size=64, table=None):
     """The finished run in a folder, as a Victim.
 
     device: by default a GPU if there is one; precision: by default the run's own; table: a
-    substitution table in place of the run's. Its model's teacher is not F_t but a copy of the
-    fine-tuned encoder; F_t is what the run started from, data.load_encoder of its settings' model.
+    substitution table in place of the run's. model.teacher is here a copy of the fine-tuned
+    encoder, not F_t; data.load_encoder(settings_of(folder)[0].model) is F_t.
     Raises InputError for a folder without a finished run, or whose files do not fit together.
     """
     folder = Path(folder)
@@ -192,8 +192,8 @@ def search_settings(s):
 
 
 def hull_attack(victim, examples, *, seed=0, bar=None, **search):
-    """Attacks with the adversary in the hull, which here knows the label, and rounds x^ to a text:
-    at each position the candidate with the largest weight.
+    """Searches the hull for the text that fools the model most, knowing the label, and rounds it:
+    at each position the candidate with the largest weight is taken.
 
     examples: N data.Example; each starts from its own noise, seeded with (seed, its place in the
     list), so that in fp32 the texts found do not depend on the batches. search: see
@@ -245,18 +245,18 @@ def wilson(successes, n):
     return max((centre - spread) / (1 + z2n), 0.0), min((centre + spread) / (1 + z2n), 1.0)
 
 
-def bootstrap(statistic, *groups, draws=10_000, seed=0):
+def bootstrap(statistic, *groups, draws=10_000):
     """A statistic of runs that saw the same N texts, and its 95% bootstrap interval.
 
-    groups: arrays (R, N) or (R, N, M): R runs, N texts, M numbers for each. statistic: is given,
-    for D draws at once, each group's mean over runs and texts, (D,) or (D, M), and returns (D,).
-    Texts are resampled, and runs too if every group has several: one run does not show how much
-    runs differ. Of R runs R - 1 are drawn, because drawing R understates the variance of their mean
-    by the factor (R - 1) / R (McCarthy and Snowden 1985).
+    groups: arrays (R, N) or (R, N, M): R runs, N texts, M numbers for each. statistic: a function
+    of one array for each group, its mean over runs and texts in each of D draws, (D,) or (D, M); it
+    returns (D,). Each draw resamples the texts, and the runs too if every group has several: one
+    run does not show how much runs differ. Of R runs R - 1 are drawn, because drawing R would make
+    the variance of their mean too small by the factor (R - 1) / R (McCarthy and Snowden 1985).
     Returns (value, low, high).
     """
     groups = [np.asarray(x, float) for x in groups]
-    rng, N = np.random.default_rng(seed), groups[0].shape[1]
+    rng, N = np.random.default_rng(0), groups[0].shape[1]
     several = all(len(x) > 1 for x in groups)
     values, D = [], 100                                 # D draws at a time, to save memory
     for _ in range(draws // D):
@@ -327,7 +327,7 @@ def make_plan(s, args):
         try:
             path = data.locate("scores", data_dir)
             scores = attacks.read_lm_scores(path, set(sentences), task.name)
-        except (ValueError, OSError, *data.DAMAGE) as error:
+        except (OSError, *data.DAMAGE) as error:
             raise InputError(f"language-model scores: {data.first_line(error)}; --lm-constraint "
                              "none attacks without them") from None
         known = {i for i, sentence in enumerate(sentences) if sentence in scores}
@@ -338,7 +338,7 @@ def make_plan(s, args):
               "the attacked ones are drawn from these.")
     elif source != "none":
         try:
-            folder = Path(data.model_folder(source))
+            folder = data.model_folder(source)
             model = attacks.CausalLM(folder, data.pick_device(args.device))
         except Exception as error:          # whatever is wrong with it, transformers says it
             raise InputError(f"--lm-constraint {source}: neither none, scores nor a "
@@ -377,7 +377,7 @@ def keywords(name, s, args):
         return search_settings(s)
     flags = {"population": args.population, "generations": args.generations}
     parameters = inspect.signature(ATTACKS[name]).parameters.values()
-    return {p.name: p.default if flags.get(p.name) is None else flags[p.name] for p in parameters
+    return {p.name: flags.get(p.name) or p.default for p in parameters
             if p.default is not p.empty and p.name != "rng"}
 
 
@@ -388,9 +388,8 @@ def run_attack(name, victim, table, plan, texts, pending, s, args):
     those of these indices that are to be attacked; s: the run's settings.
     """
     if name == "hull":      # attacks all, so that a command that goes on forms the same batches
-        chosen = list(plan.chosen.values())
-        predictions, found, _ = hull_attack(victim, chosen, seed=args.seed, bar=name,
-                                            **search_settings(s))
+        predictions, found, _ = hull_attack(victim, list(plan.chosen.values()), seed=args.seed,
+                                            bar=name, **search_settings(s))
         for (i, x), prediction, words in zip(plan.chosen.items(), predictions, found):
             if i in pending:
                 before = data.from_text(texts[i])[-1]
@@ -414,11 +413,12 @@ def run_attack(name, victim, table, plan, texts, pending, s, args):
 
 def conditions(folder, s, precision, tables, plan, args, before):
     """The settings and weights that an outcome depends on: {"clean": what all attacks share,
-    attack: its own}. Not recorded are the attack's code (after a change give --overwrite) and the
-    batches, which in bf16 can decide about a text that is barely right.
+    attack: its own}.
 
-    before: what is in eval.json. If what all attacks share is the same there, an attack there that
-    is not asked for today keeps its settings; evaluate() then keeps its result.
+    Two things are missing: the attack's code (after a change give --overwrite) and the batches,
+    which in bf16 can decide about a text that is barely right. before: what is in eval.json. If what
+    its attacks share is today's, those that are not asked for today keep their settings, and
+    evaluate() keeps their results.
     """
     paths = folder / "encoder" / "model.safetensors", folder / "model.safetensors"
     weights = data.fingerprint(b"".join(path.read_bytes() for path in paths))
@@ -441,17 +441,15 @@ def files_of(split):
     return f"eval{suffix}.json", f"attacks{suffix}.jsonl"
 
 
-def evaluate(folder, plan, args):
+def evaluate(folder, s, plan, args):
     """The Evaluation of one run: clean accuracy and every attack asked for, on the chosen texts.
 
-    Writes attacks.jsonl and eval.json. On the test split metrics.json then has the attacks of
-    eval.json, except hull, and no older ones. Each line of attacks.jsonl carries a fingerprint of
-    the settings and weights that it was made with. If it is that of this command, the line is used
-    again; otherwise it stays in the file, for a command with those settings. eval.json has an
-    attack once, with its latest settings. One that is not asked for today stays there, see
-    conditions(), if its lines cover all the texts.
+    Writes attacks.jsonl, each line with a fingerprint of the settings and weights that it was made
+    with. Lines that were made as today are used again, the others stay in the file. Writes
+    eval.json, the latest result of each attack. That of an attack that is not asked for today stays
+    if its lines cover today's texts, see conditions(). On the test split metrics.json gets the same
+    results, except hull's, and loses older ones.
     """
-    s, config = settings_of(folder)
     table = None
     if args.neighbors:
         table = data.open_table(s, plan.task, args.neighbors, args.data_dir)
@@ -476,15 +474,13 @@ def evaluate(folder, plan, args):
 
     marks = {name: data.fingerprint([name, settings["clean"], settings[name]])
              for name in settings if name != "clean"}
-    # done: {attack: {index: line}}, made with today's settings; of an attack that is not asked for
-    # today, with those in eval.json; others: all other lines
+    # done: {attack: {index: line}}, the lines to use; others: the rest
     done, others = {name: {} for name in marks}, []
     for line in data.read_lines(lines_path):
-        name = line.get("attack")
-        if name not in done or line.get("made_with") != marks[name]:
+        if line.get("made_with") not in marks.values():
             others.append(line)
-        elif not (args.overwrite and name in args.attacks):
-            done[name][line["index"]] = line
+        elif not (args.overwrite and line["attack"] in args.attacks):
+            done[line["attack"]][line["index"]] = line
 
     def survived(name):                                                         # (N,)
         # by the last prediction: in bf16 a text that is barely right may be wrong in another batch
@@ -514,7 +510,7 @@ def evaluate(folder, plan, args):
         now = {key: value for key, value in scores.items() if key not in rest}
         data.write_json(folder / "metrics.json", rest | now)
     lines = {name: [done[name][i] for i in attacked] for name in args.attacks}
-    return Evaluation(str(folder), s, config["labels"], robust, lines, settings, wrong)
+    return Evaluation(str(folder), s, victim.labels, robust, lines, settings, wrong)
 
 
 def keep(results, mark, lines, path):
@@ -603,9 +599,9 @@ def run_table(evaluations, names):
 def own_settings(s, *varying):
     """The settings that set a run apart from others, a dict, without those named by `varying`.
 
-    Of what it is made of, the fingerprints count, not the paths. Left out are also the incidental
-    settings, and mixout, tau and the weights of terms where its method has none: adv at two values
-    of alpha is one and the same.
+    Of data, encoder and table the fingerprints count, not the paths. Left out are also the
+    incidental settings, flags that were not given, and mixout, tau and weights that the method does
+    not use: adv with alpha 0.1 and with 0.5 is the same.
     """
     terms = rift.METHODS[s.method]
     unused = {"alpha", "beta", "ptwd", "mixout", "tau"} - set(terms.values())
@@ -613,7 +609,6 @@ def own_settings(s, *varying):
         unused.discard("mixout")
     if terms.keys() - {rift.ce, rift.kl, rift.ptwd}:    # a term that may compute f_c
         unused.discard("tau")
-    # None: the flag was not given
     return s.fingerprints | {
         key: value for key, value in vars(s).items() if value is not None
         and key not in {*INCIDENTAL, "fingerprints", *varying, *unused}}
@@ -790,11 +785,10 @@ def marked(original, adversarial):
 
 # ---- Figures -------------------------------------------------------------------------------------
 
-# Colour-blind safe colours (Okabe and Ito) with a marker each; the last ones are for new methods.
-STYLES = {"standard": ("#000000", "o"), "adv": ("#0072B2", "s"), "adv-ptwd": ("#009E73", "D"),
-          "adv-mixout": ("#CC79A7", "P"), "rift-marginal": ("#E69F00", "v"),
-          "rift": ("#D55E00", "^")}
-NEW_STYLES = [("#56B4E9", "X"), ("#999999", "*"), ("#8C510A", "h"), ("#4D4D4D", "<")]
+# Colour-blind safe colours (Okabe and Ito) with a marker each, in the order of rift.METHODS; the
+# last four are for new methods.
+STYLES = [("#000000", "o"), ("#0072B2", "s"), ("#009E73", "D"), ("#CC79A7", "P"), ("#E69F00", "v"),
+          ("#D55E00", "^"), ("#56B4E9", "X"), ("#999999", "*"), ("#8C510A", "h"), ("#4D4D4D", "<")]
 
 
 def curves(runs, *varying):
@@ -802,11 +796,10 @@ def curves(runs, *varying):
 
     A method has one colour and marker; its curves with different settings differ in line style.
     """
-    seen = Counter()
-    new = [method for method in rift.METHODS if method not in STYLES]
+    seen, styles = Counter(), dict(zip(rift.METHODS, itertools.cycle(STYLES)))
     for name, same in by_settings(runs, *varying).items():
         method = same[0].run.method
-        colour, marker = STYLES.get(method) or NEW_STYLES[new.index(method) % len(NEW_STYLES)]
+        colour, marker = styles[method]
         line = ["-", "--", ":", "-."][seen[method] % 4]
         seen[method] += 1
         yield name, same, dict(color=colour, marker=marker, ls=line, lw=1.2, ms=5, capsize=2.5,
@@ -918,7 +911,7 @@ def forgetting_table(runs):
     rows = [["method", "runs", *FORGETTING]]
     for name, same in by_settings(runs).items():
         rows.append([name, str(len(same))])
-        for label, measure in FORGETTING.items():
+        for measure in FORGETTING.values():
             values = [measure(x.kept) for x in same if measure(x.kept) is not None]
             rows[-1].append(f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
                             if values else "-")
@@ -1052,7 +1045,7 @@ def check_first(args):
             from matplotlib.figure import Figure        # not at the top: matplotlib is optional
         except ImportError:
             raise InputError("--plot needs matplotlib: pip install matplotlib") from None
-        formats = Figure().canvas.get_supported_filetypes()
+        formats = sorted(Figure().canvas.get_supported_filetypes().keys() - {"pgf"})    # wants TeX
         if (args.plot.suffix[1:].lower() or "png") not in formats:
             raise InputError(f"{args.plot}: wanted one of the formats {', '.join(formats)}")
         if args.attacks and args.plot_attack not in (*args.attacks, "hull"):
@@ -1083,13 +1076,13 @@ def main(argv):
     """eval.py's command line."""
     args = parse(argv)
     check_first(args)
-    precisions = {args.precision or settings_of(folder)[0].precision for folder in args.runs}
+    runs = {folder: settings_of(folder)[0] for folder in args.runs}
+    precisions = {args.precision or s.precision for s in runs.values()}
     data.warn_of_slow_bf16(precisions, data.pick_device(args.device))
     if args.attacks or not args.plot:
         plans, groups = {}, {}
         try:
-            for folder in args.runs:
-                s, _ = settings_of(folder)
+            for folder, s in runs.items():              # all plans, before an attack takes hours
                 key = s.fingerprints["data"]
                 if s.task not in NAMED:
                     # absolute, so that a folder that is named imdb is not the public task
@@ -1099,7 +1092,9 @@ def main(argv):
                                          "FOLDER says where it is now")
                 if key not in plans:
                     plans[key], groups[key] = make_plan(s, args), []
-                groups[key].append(evaluate(folder, plans[key], args))
+            for folder, s in runs.items():
+                key = s.fingerprints["data"]
+                groups[key].append(evaluate(folder, s, plans[key], args))
         except KeyboardInterrupt:
             again = shlex.join(word for word in argv if word != "--overwrite")
             raise KeyboardInterrupt(

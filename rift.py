@@ -306,10 +306,9 @@ def L_info(S, T, y, g, h, tau=0.2):
 def gather(x):
     """The x (b, ..) of all processes, joined: (B, ..). Only this process's part has a gradient.
 
-    L_info compares the texts of all processes. Each process computes all of it, but its gradient
-    reaches only the process's own texts. Later train.average takes the mean of the gradients, which
-    divides by the number of processes; so here the gradient of x, not its value, is multiplied by
-    that number. A single process gets x back.
+    Every process computes the same L_info, of all texts, but only its own texts have a gradient.
+    train.average later divides the sum of the gradients by the number of processes, so here the
+    gradient of x is multiplied by that number; its value stays. A single process gets x back.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x

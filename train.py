@@ -209,9 +209,9 @@ def held_out_info(model, S_attacked, T, y, N):
     """{"dev_info": L_info of held-out texts, "info_n": how many it compares}.
 
     S_attacked, T: (n, H), features of the texts that eval.hull_attack found, and of the clean ones;
-    y: (n,); N: texts of a class in a group, about as many as a (micro-)batch has, or fewer if
-    there are not so many. log(info_n) - dev_info is the bound on I(S;T|Y), with a marginal model on
-    I(S;T). On training pairs it would say nothing: g and h learn them by heart.
+    y: (n,); N: how many texts of a class are compared at once, about as many as in training, fewer
+    if a class has fewer. log(info_n) - dev_info is the bound on I(S;T|Y), with a marginal model on
+    I(S;T). (On training pairs it would say nothing: g and h have learned those by heart.)
     """
     by_class = [(y == c).nonzero().squeeze(1) for c in y.unique()]
     fewest = min(map(len, by_class))

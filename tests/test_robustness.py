@@ -236,6 +236,7 @@ BEFORE_TEXTS_ARE_READ = [
     ({}, "--device cuda:99", "--device cuda:99: not on this machine"),
     ({}, "--seeds 9999999999", "has to be an integer of at least 0 and at most 4"),
     ({}, "--lr 1e999", "--lr: '1e999' has to be a number above 0"),
+    ({}, f"--epochs 1{'0' * 400}", "has to be an integer of at least 1"),
     ({WEIGHTS: lambda content: content[:999]}, "", "model bert: cannot be loaded"),
     ({WEIGHTS: "version https://git-lfs\n"}, "", f"{WEIGHTS}: is a Git LFS pointer, not the wei"),
     ({WEIGHTS: None, "bert/pytorch_model.bin": ""}, "", "has only pytorch_model.bin, which can ru"),
@@ -268,6 +269,7 @@ BAD_EVAL = [
     ({}, "--attacks exhaustive", "--attacks exhaustive tries every combination of swaps"),
     ({}, "--attacks genetic --lm-constraint bert", "lm-constraint bert: neither none, scores nor"),
     ({}, "--attacks pwws --plot figure.docx", "figure.docx: wanted one of the formats "),
+    ({}, "--attacks pwws --plot x.pgf", "x.pgf: wanted one of the formats "),
     ({}, "--plot x.png --plot-attack genetic", "on test was without genetic: first run eval.py"),
     ({}, "--attacks pwws --plot x.png --plot-attack genetic", "name it among --attacks as well"),
     ({RUN: None}, "", f"{RUN}: not a run of train.py, it has no config.json"),
@@ -343,6 +345,15 @@ def test_bad_input_to_evaluation_is_one_line(here, capsys, files, arguments, mes
         pytest.importorskip("matplotlib")
     prepare(files)
     assert message in refused(capsys, eval.main, [RUN, *arguments.split(), "--num-examples", "4"])
+
+
+def test_the_data_of_all_runs_are_looked_for_before_the_first_attack(here, capsys):
+    shutil.copytree(RUN, "runs/other")
+    for change in (changed("settings", task="gone"), changed("fingerprints", data="others")):
+        prepare({"runs/other/config.json": change})
+    arguments = [RUN, "runs/other", "--attacks", "pwws", "--num-examples", "4"]
+    error = refused(capsys, eval.main, arguments)
+    assert "runs/other: its data folder" in error and "gone is not there" in error
 
 
 def test_without_matplotlib_it_is_one_line(here, monkeypatch, capsys):
