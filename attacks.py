@@ -57,7 +57,9 @@ def margin(P, y):
     P: (N, C) probabilities; y: int. With two classes it orders texts as P(y) does.
     """
     log_P = np.log(np.maximum(P, 1e-300))   # a float32 probability can underflow to 0
-    return log_P[:, y] - np.delete(log_P, y, axis=1).max(axis=1)
+    m = log_P[:, y] - np.delete(log_P, y, axis=1).max(axis=1)
+    # of a tie, argmax takes the first class: just below 0 if that is not y
+    return np.where((m == 0) & (P.argmax(axis=1) != y), np.nextafter(0, -1), m)
 
 
 def pwws(words, y, synonyms, rng=None, unknown="NULL"):
@@ -141,8 +143,8 @@ def exhaustive(words, y, synonyms, rng=None):
     large.
     """
     positions = positions_of(words, synonyms)
-    swapped = (text for n in range(1, len(positions) + 1)
-               for at in combinations(positions, n)
+    swapped = (text for n in range(1, len(positions) + 1)       # n swaps
+               for at in combinations(positions, n)             # at these n positions
                for text in product(*(synonyms[i] if i in at else [w] for i, w in enumerate(words))))
     while texts := list(islice(swapped, 64)):   # all at once would not fit in memory
         try:
@@ -466,7 +468,7 @@ def lm_constraint(words, synonyms, log_p, threshold=-5.0, radius=6):
     scores = np.asarray(log_p(windows) if windows else [], dtype=np.float64)
     if scores.shape != (len(windows),):
         raise ValueError(f"log_p returned shape {scores.shape}: expected ({len(windows)},)")
-    kept, scores = [[] for _ in words], iter(scores)
+    kept, scores = [[] for _ in words], iter(scores.tolist())
     for i in positions:
         original = next(scores)
         kept[i] = [w for w in synonyms[i] if next(scores) - original >= threshold]

@@ -190,7 +190,7 @@ def fingerprint(value):
 
 
 def seed_of(*numbers):
-    """One 32-bit seed, an int, from several ints of at least 0."""
+    """One 32-bit seed, an int, from several ints of at least 0 (zeros at the end do not count)."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 

@@ -131,7 +131,8 @@ def stand_in(module, tensors):
     """In a `with` block, the module computes with these tensors in place of its parameters.
 
     tensors: {parameter name: tensor}; gradients flow through them to what they were computed from.
-    Used for weights in bf16, for weights without gradient, and for mixout.
+    Used for weights in bf16, for weights without gradient, and for mixout. (A module keeps its
+    parameters in its dict _parameters.)
     """
     owners = {name: module.get_submodule(name.rpartition(".")[0])._parameters for name in tensors}
     own = {name: owner[name.rpartition(".")[2]] for name, owner in owners.items()}
@@ -164,12 +165,12 @@ def hull(encoder, input_ids, subs, subs_mask):
     have more than one, and free (B, L) bool, which marks these positions. Elsewhere the hull is the
     single point e. e and E are float32.
     """
-    B, L = input_ids.shape
+    L = input_ids.shape[1]
     e = embed(encoder, input_ids)                                               # (B, L, H)
     free = subs_mask.sum(-1) > 1                                                # (B, L)
-    l = torch.arange(L, device=input_ids.device).expand(B, L)[free]             # (P,)
-    # Texts share candidates: each (candidate, position) pair of the batch is embedded once, and
-    # with dropout on has one mask. (The text's own e has another.)
+    l = free.nonzero()[:, 1]                                                    # (P,)
+    # Texts share candidates: each (candidate, position) pair of the batch, here one number, is
+    # embedded once, and with dropout on has one mask. (The text's own e has another.)
     pairs = subs[free] * L + l.unsqueeze(-1)                                    # (P, K)
     pairs, where = torch.unique(pairs, return_inverse=True)                     # (M,), (P, K)
     positions = position_ids(encoder, L)[:, pairs % L]                          # (1, M)
@@ -200,7 +201,7 @@ def mix(e, E, free, w):
 
 def entropy(w):
     """H(w_l) = - sum_k w_lk log w_lk, in nats. w: (.., K). Returns (..)."""
-    return -(w * w.clamp_min(1e-30).log()).sum(-1)      # a masked candidate has w = 0: no gradient
+    return -(w * w.clamp_min(1e-30).log()).sum(-1)      # not 0 * log 0, which would be nan
 
 
 def noise(shape, max_len, generator=None):
@@ -242,10 +243,10 @@ def adversary(encoder, head, input_ids, attention_mask, subs, subs_mask, v, y=No
         real = subs_mask[free]                                                  # (P, K)
         adam = torch.optim.Adam([v_free], lr=lr, weight_decay=weight_decay)
         for _ in range(steps if len(v_free) else 0):
-            with torch.enable_grad():                   # also where the caller has switched it off
+            with torch.enable_grad():                   # also under the caller's no_grad
                 w = weights(v_free, real)
                 q = predict(mix(e, E, free, w))
-                gain = (kl_divergence(clean, q) * len(q) if y is None else
+                gain = (kl_divergence(clean, q) * len(q) if y is None else      # a mean * B: a sum
                         F.cross_entropy(q, y, reduction="sum"))
                 value = gain - sparsity * entropy(w).sum() / (300 * 128)
                 v_free.grad = torch.autograd.grad(-value, v_free)[0]
@@ -338,13 +339,13 @@ def mixout(encoder, teacher, p):
     """
     if not 0 <= p < 1:
         raise ValueError(f"mixout is {p}: a probability from 0 up to, but not including, 1")
-    linear = {name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}
     theta_t = dict(teacher.named_parameters())
     mixed = {}
-    for name, theta_s in encoder.named_parameters():
-        if name.rpartition(".")[0] in linear:
-            m = torch.rand_like(theta_s) < p
-            mixed[name] = (torch.where(m, theta_t[name], theta_s) - p * theta_t[name]) / (1 - p)
+    for path, module in encoder.named_modules():
+        if isinstance(module, nn.Linear):
+            for name, theta_s in module.named_parameters(path):
+                m = torch.rand_like(theta_s) < p
+                mixed[name] = (torch.where(m, theta_t[name], theta_s) - p * theta_t[name]) / (1 - p)
     return mixed
 
 
@@ -371,9 +372,9 @@ def debiased_cka(S, T):
     S, T = S - S.mean(0), T - T.mean(0)                 # HSIC_1 stays the same
 
     def hsic(X, Y):
-        """HSIC_1(XX', YY') without the factor 1 / (N (N - 3)), which cancels. Its definition sets
-        the diagonals k and m of the two (N, N) matrices to 0. Then their rows sum to -k and -m,
-        because X and Y are centred, so that the matrices themselves are not needed."""
+        """HSIC_1 of K = XX' and M = YY' without the factor 1 / (N (N - 3)), which cancels. Its
+        definition sets their diagonals k and m to 0. As X and Y are centred, the rows of K and M
+        sum to 0, then to -k and -m, so that K and M, (N, N), themselves are not needed."""
         k, m = X.square().sum(1), Y.square().sum(1)                             # (N,)
         return ((X.T @ Y).square().sum() - N / (N - 2) * (k @ m)
                 + k.sum() * m.sum() / ((N - 1) * (N - 2)))
@@ -405,7 +406,7 @@ def retained(S, T, y, S_dev, T_dev, y_dev):
 
     def left_out_error(ridge):
         """The squared error of predicting each text from the regression on all others (the class
-        means stay those of all)."""
+        means stay those of all): its residual in the regression on all / (1 - its leverage)."""
         shrink = d.square() / (d.square() + ridge)                              # (min(N, H),)
         leverage = U.square() @ shrink                                          # (N,)
         residual = T - U @ (shrink[:, None] * on_U)                             # (N, H)

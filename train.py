@@ -170,7 +170,7 @@ def slices(y, size):
     rows = torch.stack([(y == c).nonzero().squeeze(1) for c in y.unique()])         # (C, N)
     C, N = rows.shape
     n = max((size or len(y)) // C, 2)                                       # of a class in a slice
-    number = max(min(math.ceil(N / n), N // 2), 1)
+    number = max(min(math.ceil(N / n), N // 2), 1)          # enough, with 2 of a class in each
     return [part.flatten().numpy() for part in rows.tensor_split(number, dim=1)]
 
 
@@ -197,7 +197,7 @@ def measure(model, victim, task, s, T, T_dev):
             "dev_cka": rift.debiased_cka(S_dev, T_dev),
             "dev_retained": rift.retained(S, T[probe], y[probe], S_dev, T_dev, y_dev)}
     if rift.info in rift.METHODS[s.method]:
-        # in training L_info compares a slice of every process, never more than the whole batch
+        # about as many as in training, where L_info compares one slice of every process
         slices_of_all = (s.micro_batch_size or s.batch_size) * processes()[1]
         N = max(min(slices_of_all, s.batch_size) // C, 2)
         line |= held_out_info(model, S_attacked, T_dev, y_dev, N)
@@ -392,7 +392,7 @@ def share(rows, y, rank, world):
     if N == 0:
         raise InputError(f"--batch-size: each of {world} processes needs a text of every class, "
                          f"but a batch has only {len(parts[0])} of each")
-    return np.concatenate([part[:N * world][rank::world] for part in parts])
+    return np.concatenate([part[rank:N * world:world] for part in parts])
 
 
 def average(model, totals, world):

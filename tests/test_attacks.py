@@ -214,6 +214,8 @@ def test_margin_is_the_log_ratio_to_the_best_other_class():
     assert np.allclose(margin(P, 0)[:2], [np.log(0.5 / 0.3), np.log(0.2 / 0.5)])
     assert np.allclose(margin(P, 1)[:2], [np.log(0.3 / 0.5), np.log(0.3 / 0.5)])
     assert np.isfinite(margin(P, 0)).all() and margin(P, 2)[2] > 100
+    ties = np.array([[0.4, 0.4, 0.2], [0.2, 0.4, 0.4]])
+    assert (margin(ties, 1) < 0).tolist() == [True, False]               # as argmax decides
     p = np.linspace(0.01, 0.99, 50)
     assert (np.diff(margin(np.stack([1 - p, p], axis=1), 1)) > 0).all()  # ordered as P(y)
 
