@@ -492,7 +492,8 @@ class CausalLM:
     log p(token | tokens before) over the window's words joined by spaces, in natural log. BOS (EOS
     where there is none) goes first so that the first word is scored too; without either the first
     token is not scored. A window longer than the model's positions keeps the last tokens that fit.
-    Raises OSError where there is no model with safetensors weights, ValueError for a masked one.
+    Raises OSError where there is no model with safetensors weights, ValueError for a masked one and
+    for one without its tokenizer's files.
     """
 
     def __init__(self, name_or_dir, device="cpu", batch_size=64):
@@ -500,6 +501,8 @@ class CausalLM:
         if self.tokenizer.mask_token is not None:   # its head would be loaded with random weights
             raise ValueError(f"{name_or_dir}: its tokenizer has a mask token, as those of masked "
                              "language models: expected a causal one")
+        if len(self.tokenizer) <= len(self.tokenizer.all_special_ids):      # no text has tokens
+            raise ValueError(f"{name_or_dir}: the files of its tokenizer are missing")
         model = AutoModelForCausalLM.from_pretrained(name_or_dir, use_safetensors=True,
                                                      trust_remote_code=False)
         self.model = model.float().to(device).eval()

@@ -464,7 +464,7 @@ def choose(splits, labels, sizes, split_seed, where):
         fewest, label = min(zip(map(len, kept), labels))
         if split == "train" and fewest < 2:
             raise InputError(f"{where}: class {label!r} has {fewest} training examples (without "
-                             "those of dev), wanted 2")
+                             "those of dev and copies of these), wanted 2")
         kept = list(itertools.chain(*kept))
         chosen[split] = [kept[i] for i in rngs[split].permutation(len(kept))]
     return chosen
@@ -576,6 +576,8 @@ def read_folder(path):
     spelling = {}   # label, in lower case and without ".0" -> as it was written first
     for split in ("train", "dev", "test") if (path / "dev.tsv").exists() else ("train", "test"):
         where = path / f"{split}.tsv"
+        if not where.exists():
+            raise InputError(f"{where}: no such file; wanted train.tsv and test.tsv in that folder")
         header, *lines = text_of(where).replace("\r\n", "\n").removesuffix("\n").split("\n")
         if header not in headers or not lines:
             wanted = " or ".join(map(repr, headers))
@@ -598,7 +600,8 @@ def read_folder(path):
                 raise InputError(f"{at}: label {row[0]!r} is {first!r} further up: wanted one "
                                  "spelling for one class")
             if label not in labels:
-                raise InputError(f"{at}: label {row[0]!r} does not occur in train.tsv")
+                raise InputError(f"{at}: label {row[0]!r} does not occur in train.tsv, which has "
+                                 + ", ".join(labels)[:80])
         if len(labels) < 2:
             raise InputError(f"{where}: only one class, {labels[0]!r}; wanted at least 2")
         splits[split] = [(tuple(texts), labels.index(label.strip())) for label, *texts in rows]
@@ -641,6 +644,9 @@ def find_neighbors(source, data_dir):
     if data_dir and not str(source).startswith(("./", "../")):
         inside = Path(os.path.expanduser(data_dir)).absolute() / path
         path = inside if inside in find(data_dir, path) else path   # not the cache's of this name
+    if not path.exists():
+        also = f" or in {data_dir}" if data_dir else ""
+        raise InputError(f"neighbour table {source}: no such file here{also}")
     with reading(path):
         path.open("rb").close()
     return path
@@ -1011,6 +1017,10 @@ def load_encoder(name_or_dir, max_len=0, complete=False):
     or of two models, and where the model has fewer positions than max_len.
     """
     folder, where = model_folder(name_or_dir), f"model {name_or_dir}"
+    if not (folder / "config.json").exists():
+        raise InputError(f"{where}: has no config.json, wanted the folder of a BERT or RoBERTa")
+    if (folder / "encoder" / "config.json").exists():
+        raise InputError(f"{where}: is a run, whose model is {folder / 'encoder'}")
     config = read_json(folder / "config.json")
     wanted = {"model_type": ("bert", "roberta"), "position_embedding_type": ("absolute", None),
               "is_decoder": (False, None), "add_cross_attention": (False, None)}

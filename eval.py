@@ -136,7 +136,8 @@ def settings_of(folder, finished=True):
     if not path.exists():
         runs = [run for run in Path(folder).glob("*/config.json") if run.parent.name != "encoder"]
         hint = f"; the runs in it are {folder}/*" if runs else ""
-        raise InputError(f"{folder}: not a run of train.py, it has no config.json{hint}")
+        problem = "it has no config.json" if Path(folder).is_dir() else "no such folder"
+        raise InputError(f"{folder}: not a run of train.py, {problem}{hint}")
     config = data.read_json(path)
     if "settings" not in config:
         raise InputError(f"{path}: is not that of a run of train.py")
@@ -354,7 +355,7 @@ def make_plan(s, args):
         raise InputError(f"the score file knows no {args.split} text; --lm-constraint none attacks "
                          "without it")
     if len(chosen) < args.num_examples:
-        print(f"There are only {len(chosen):,} {args.split} texts to choose from.")
+        print(f"{task.name}: there are only {len(chosen):,} {args.split} texts to choose from.")
     settings = {"split": args.split, "seed": args.seed, "data": task.fingerprint,
                 "drawn_from": drawn_from}
     return Plan(task, chosen, settings, wordnet, judge, allowed)
@@ -416,8 +417,8 @@ def conditions(folder, s, precision, tables, plan, args, before):
     attack: its own}.
 
     Two things are missing: the attack's code (after a change give --overwrite) and the batches,
-    which in bf16 can decide about a text that is barely right. before: what is in eval.json. If what
-    its attacks share is today's, those that are not asked for today keep their settings, and
+    which in bf16 can decide about a text that is barely right. before: what is in eval.json. If
+    what its attacks share is today's, those that are not asked for today keep their settings, and
     evaluate() keeps their results.
     """
     paths = folder / "encoder" / "model.safetensors", folder / "model.safetensors"
@@ -455,8 +456,8 @@ def evaluate(folder, s, plan, args):
         table = data.open_table(s, plan.task, args.neighbors, args.data_dir)
     victim = load_run(folder, args.device, args.precision, args.batch_size, table)
     if plan.task.fingerprint != s.fingerprints["data"]:
-        raise InputError(f"{folder}: was trained on other data than is found now (the fingerprints "
-                         "differ: other texts, or another NLTK, see versions in its config.json)")
+        raise InputError(f"{folder}: was trained on other data than is found now in {s.task} "
+                         "(other texts, or another NLTK, see versions in its config.json)")
     metrics = data.read_json(folder / "metrics.json")
     tables = dict.fromkeys(args.attacks, victim.vocabulary.neighbors)
     tables["pwws-wordnet"] = plan.wordnet

@@ -472,6 +472,9 @@ def warn(vocabulary, task):
         print(f"batches have every class equally often: an epoch reads only {reads:,} of "
               f"{len(task.train):,} training texts, because {task.labels[rarest]} has {fewest:,}",
               file=sys.stderr)
+    for split in ("dev", "test"):
+        for c in {*range(len(task.labels))} - {x.y for x in getattr(task, split)}:
+            print(f"{split} has no text of class {task.labels[c]}", file=sys.stderr)
 
 
 # ---- The toy task's pre-trained encoder ----------------------------------------------------------
@@ -635,9 +638,9 @@ def parse(argv):
         raise InputError("--resume and --overwrite: only one of them")
     args.method, args.seeds = list(dict.fromkeys(args.method)), list(dict.fromkeys(args.seeds))
     args.overwrite |= task == "toy" and args.out is None and not args.resume
-    if Path(args.task).name == "toy" != task and args.out is None:
-        raise InputError(f"--task {task}: wanted --out DIR as well, because `python train.py` "
-                         "replaces what is in runs/toy")
+    if Path(args.task).name in TASKS and task not in TASKS and args.out is None:
+        raise InputError(f"--task {task}: wanted --out DIR as well, because runs of the public "
+                         f"task are in runs/{Path(args.task).name}")
     args.out = Path(os.path.expanduser(args.out or Path("runs") / Path(args.task).name))
     if args.data_dir:                                   # eval.py may be started in another folder
         args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))

@@ -586,6 +586,15 @@ def test_a_masked_model_is_no_causal_model(model_folder):
         CausalLM(model_folder)
 
 
+def test_a_causal_model_without_its_tokenizer_is_refused(tmp_path):
+    """It would find every window equally likely."""
+    save_gpt2(tmp_path, 10)
+    for path in tmp_path.glob("token*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="the files of its tokenizer are missing"):
+        CausalLM(tmp_path)
+
+
 # ---- The authors' own code -----------------------------------------------------------------------
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "pwws_a.json"

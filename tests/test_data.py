@@ -550,7 +550,7 @@ def test_tables_are_looked_for_in_data_dir_first_and_checked_quickly(tmp_path, m
     Path("data/t.json").write_text('{"b": ["c"]}')
     assert data.load_neighbors("t.json", "data") == {"b": ["c"]}
     for bad, message in (("t.csv", "wanted published, vectors, wordnet, a n"),
-                         ("none.json", "none.json: cannot be read .No such file")):
+                         ("none.json", "table none.json: no such file here")):
         with pytest.raises(data.InputError, match=message):
             data.find_neighbors(bad, "data")
     Path("v.txt").write_text("a 1 2\n")

@@ -642,7 +642,7 @@ def test_scores_draw_the_texts_and_filter_the_synonyms(run, tmp_path, capsys):
     data.write_atomically(tmp_path / "lm_scores" / "snli_all.txt", rows[0])     # a file a task
     evaluate(run, *BOTH, "--lm-constraint", "scores", "--data-dir", tmp_path)
     out = capsys.readouterr().out
-    assert "knows 11 of the 16 test texts" in out and "There are only 11 test texts" in out
+    assert "knows 11 of the 16 test texts" in out and "there are only 11 test texts" in out
     assert "lm constraint scores" in out
     assert {line["index"] for line in lines_of(run)} <= set(range(11))
     used, unlikely = swaps(run, "genetic"), {("great", "good"), ("great", "nice")}

@@ -630,8 +630,9 @@ def test_a_path_is_a_folder_whatever_its_last_name(task, tmp_path, capsys, monke
     monkeypatch.chdir(tmp_path)
     task.rename(tmp_path / "imdb")
     for path in ("./imdb", "imdb/", str(tmp_path / "imdb")):
-        args, s = train.parse(["--task", path])
-        assert s.task == str(tmp_path / "imdb") and args.out == Path("runs/imdb")
+        assert train.parse(["--task", path, "--out", "x"])[1].task == str(tmp_path / "imdb")
+        with pytest.raises(data.InputError, match="runs of the public task are in runs/imdb"):
+            train.parse(["--task", path])
     assert train.parse(["--task", "imdb"])[1].task == "imdb"
     assert "the folder here is --task ./imdb" in capsys.readouterr().err
     (tmp_path / "toy").symlink_to("imdb")
@@ -665,9 +666,12 @@ def test_what_is_allowed_but_hardly_meant_is_a_line(plain_words, bert, tmp_path,
     rare = [row for row in rows if row.startswith("neg")][:2]
     common = [row for row in rows if row.startswith("pos")] * 2
     (task / "train.tsv").write_text("".join([rows[0], *rare, *common]))
+    (task / "test.tsv").write_text("".join([rows[0], *common]))
     train.main(command(task, bert, tmp_path / "rare", "--method standard --epochs 1"))
+    said = capsys.readouterr().err
+    assert "test has no text of class neg" in said and "dev has no" not in said
     assert ("batches have every class equally often: an epoch reads only 4 of 34 training texts, "
-            "because neg has 2") in capsys.readouterr().err
+            "because neg has 2") in said
 
 
 # ---- The toy task --------------------------------------------------------------------------------
