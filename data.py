@@ -450,6 +450,8 @@ def choose(splits, labels, sizes, split_seed, where):
     Subsets and their order depend on split_seed and the sizes, so every method and seed sees the
     same texts, and the first n of a split are a random sample of it.
     """
+    if split_seed < 0:
+        raise InputError(f"split seed {split_seed}: has to be 0 or more")
     rngs = {split: np.random.default_rng([split_seed, i]) for i, split in enumerate(sizes)}
     pools, chosen = {}, {}      # pools: {split: for each class a list, in random order}
     for split, raw in splits.items():

@@ -151,7 +151,7 @@ def load_run(folder, device=None, precision=None, batch_size=64, table=None):
 
     device: by default a GPU if there is one; precision: by default the run's own; table: a
     substitution table in place of the run's. model.teacher is here a copy of the fine-tuned
-    encoder, not F_t; data.load_encoder(settings_of(folder)[0].model) is F_t.
+    encoder, not F_t; data.load_encoder(settings_of(folder)[0].model)[0] is F_t.
     Raises InputError for a folder without a finished run, or whose files do not fit together.
     """
     folder = Path(folder)

@@ -638,9 +638,9 @@ def parse(argv):
         raise InputError("--resume and --overwrite: only one of them")
     args.method, args.seeds = list(dict.fromkeys(args.method)), list(dict.fromkeys(args.seeds))
     args.overwrite |= task == "toy" and args.out is None and not args.resume
-    if Path(args.task).name in TASKS and task not in TASKS and args.out is None:
-        raise InputError(f"--task {task}: wanted --out DIR as well, because runs of the public "
-                         f"task are in runs/{Path(args.task).name}")
+    if Path(args.task).name == "toy" != task and args.out is None:
+        raise InputError(f"--task {task}: wanted --out DIR as well, because `python train.py` "
+                         "replaces what is in runs/toy")
     args.out = Path(os.path.expanduser(args.out or Path("runs") / Path(args.task).name))
     if args.data_dir:                                   # eval.py may be started in another folder
         args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))
@@ -657,8 +657,10 @@ def check_first(folders, s, resume, overwrite):
     Prints a line if there is nothing to resume."""
     for folder in folders:
         if (folder / "config.json").exists() and not (resume or overwrite):
+            there, _ = eval.settings_of(folder, finished=False)
             raise InputError(f"{folder}: holds a run already; --resume goes on with it, "
-                             "--overwrite replaces it, or choose another --out")
+                             "--overwrite replaces it, or choose another --out (it is a run on "
+                             f"{there.task})")
         data.check_writable(folder)
     if resume and not any((folder / "config.json").exists() for folder in folders):
         print(f"--resume: none of these runs is there, such as {min(folders)}; they start anew",

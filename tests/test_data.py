@@ -434,7 +434,7 @@ def test_a_given_dev_split_pairs_bom_crlf_and_spaces_around_labels_are_read(tmp_
     (dict(train_size=1000),
      "train without dev's part: 1000 examples would be 500 of each class, wanted 1 to 8 .class"),
     (dict(test_size=1), "test: 1 examples would be 0 of each class, wanted 1 to"),
-    (dict(train_size=2), "has 1 training examples"),
+    (dict(train_size=2), "has 1 training examples"), (dict(split_seed=-1), "split seed -1"),
     (dict(task="toy", train_size=3), "toy: train: 3 texts, wanted at least 4"),
     (dict(task="toy", test_size=1), "toy: test: 1 texts, wanted at least 2"),
     (dict(task="toy", test_size=0), "toy: test: 0 texts, wanted at least 2"),

@@ -233,6 +233,7 @@ BEFORE_TEXTS_ARE_READ = [
     ({}, "--task imdb --data-dir nowhere", "nowhere: no such folder (--data-dir"),
     ({}, "--max-len 600", "model bert: has positions for 34 tokens, --max-len is 600"),
     ({}, "--method standard", f"{RUN}: holds a run already; --resume goes on with it, --ov"),
+    ({CONFIG: changed("settings", task="imdb")}, "--method standard", "(it is a run on imdb)"),
     ({"taken": ""}, "--out taken/below", "taken/below/rift"),
     ({}, "--resume --overwrite", "--resume and --overwrite: only one of them"),
     ({}, "--device cuda:99", "--device cuda:99: not on this machine"),

@@ -630,9 +630,8 @@ def test_a_path_is_a_folder_whatever_its_last_name(task, tmp_path, capsys, monke
     monkeypatch.chdir(tmp_path)
     task.rename(tmp_path / "imdb")
     for path in ("./imdb", "imdb/", str(tmp_path / "imdb")):
-        assert train.parse(["--task", path, "--out", "x"])[1].task == str(tmp_path / "imdb")
-        with pytest.raises(data.InputError, match="runs of the public task are in runs/imdb"):
-            train.parse(["--task", path])
+        args, s = train.parse(["--task", path])
+        assert s.task == str(tmp_path / "imdb") and args.out == Path("runs/imdb")
     assert train.parse(["--task", "imdb"])[1].task == "imdb"
     assert "the folder here is --task ./imdb" in capsys.readouterr().err
     (tmp_path / "toy").symlink_to("imdb")
